@@ -33,13 +33,21 @@ HELD_OUT_METRICS = (
     HeldOutMetric("pearson", "Pearson correlation", 3, hub_name="pearsonr"),
     HeldOutMetric("spearman", "Spearman correlation", 3, hub_name="spearmanr"),
     HeldOutMetric("teacher_mse", "squared error to the teacher", 4),
+    HeldOutMetric("embedding_cosine", "cosine similarity of embeddings", 3),
     HeldOutMetric("kl", "KL to the teacher, nats/{target}", 4),
     HeldOutMetric("agreement", "top-1 agreement", 3, is_share=True),
     HeldOutMetric("bits_per_byte", "bits per byte", 4),
     HeldOutMetric("chunk_kl", "KL to the teacher, nats/chunk", 4),
     HeldOutMetric("chunk_agreement", "top-1 agreement of chunks", 3, is_share=True),
 )
-_OF_TEACHER = {"teacher_mse": 0.0, "kl": 0.0, "agreement": 1.0, "chunk_kl": 0.0, "chunk_agreement": 1.0}
+_OF_TEACHER = {
+    "teacher_mse": 0.0,
+    "embedding_cosine": 1.0,
+    "kl": 0.0,
+    "agreement": 1.0,
+    "chunk_kl": 0.0,
+    "chunk_agreement": 1.0,
+}
 
 
 def shown_metrics(models: Iterable[Metrics], target: str = DEFAULT_TARGET) -> list[HeldOutMetric]:

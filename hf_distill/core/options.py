@@ -51,6 +51,8 @@ def option_problem(name: str, value: object, schema: Mapping[str, object]) -> st
         if violated:
             limits = " and ".join(text.format(schema[key]) for key, (text, _) in _LIMITS.items() if key in schema)
             return f"{name} is {_short(value)}; it must be {limits}"
+    elif "enum" in schema and value not in (choices := cast("tuple[str, ...]", schema["enum"])):
+        return f"{name} is {_short(value)}; it must be one of {', '.join(map(str, choices))}"
     elif kind in ("boolean", "string") and not isinstance(value, bool if kind == "boolean" else str):
         return f"{name} is {_short(value)}; it must be a {kind}"
     return None

@@ -15,15 +15,18 @@ class FeatureKey:
     kind:    "hidden": the block's output hidden states of the N tokens, [N, H]
              "attention": the attention maps' rows of the N tokens, [N, h, S]
              "values": the attention's values, [B, h, S, H / h]
+             "embedding": the last hidden states of each row, pooled, [B, H]
     layer:   index of the block, counted from 0
-    stack:   "encoder" or "decoder" of a model that has both, else None
+    stack:   "encoder" or "decoder" of a model that has both, "embedding" for embeddings, else None
     teacher: name of the teacher if there are several, else None
+    pooling: of an embedding: one of `POOLINGS`, else None
     """
 
     kind: str
     layer: int
     stack: str | None = None
     teacher: str | None = None
+    pooling: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from .cross_entropy import cross_entropy
 from .cross_tokenizer import alm, projected_kl, uld
 from .ctc import ctc
 from .divergences import adaptive_kl, forward_kl, js, reverse_kl, skew_kl, skew_reverse_kl, total_variation
+from .embedding import embedding_cosine, embedding_mse
 from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_relation
-from .output_types import Bernoullis, Distribution, OutputType, RealValues, RowOutputs, Spans
+from .output_types import Bernoullis, Distribution, Embeddings, OutputType, RealValues, RowOutputs, Spans
 from .real_values import margin_mse, mse, squared_error
 from .registry import LOSSES, Loss, get_loss, loss, register_gradient
 from .spans import span_cross_entropy, span_kl
@@ -20,6 +21,7 @@ __all__ = [
     "LOSSES",
     "Bernoullis",
     "Distribution",
+    "Embeddings",
     "Loss",
     "OutputType",
     "RealValues",
@@ -32,6 +34,8 @@ __all__ = [
     "binary_cross_entropy",
     "cross_entropy",
     "ctc",
+    "embedding_cosine",
+    "embedding_mse",
     "forward_kl",
     "get_loss",
     "hidden_cosine",

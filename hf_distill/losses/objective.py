@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.defaults import DIVERGENCE
 from ..core.logits import DenseLogits
+from ..core.loss_kinds import EMBEDDING
 from ..core.signals import Signals
 from ..core.targets import Targets
 from ..errors import DistillError, collect_errors, raise_if_any
@@ -19,12 +20,14 @@ from ..layers import check_layers
 from . import Loss, get_loss
 from .alignment import dense_logits
 from .analytic_gradients import BlockLogits
-from .registry import FEATURE_OPTIONS
+from .embedding import EMBEDDING_SIMILARITY
+from .registry import EMBEDDING_OPTIONS, FEATURE_OPTIONS
 
 # Names of other values that are logged for each target token; no term may have one of them.
 RESERVED_NAMES = (
     *("kl", "agreement", "teacher_mse", "accuracy", "measured", "target_tokens", "aux", "peer_aux"),
     *("student_ce", "student_entropy", "teacher_ce", "teacher_entropy"),
+    EMBEDDING_SIMILARITY,
     *("measured_chunks", "chunk_kl", "chunk_agreement", "chunk_bytes", "student_chunk_nats", "teacher_chunk_nats"),
 )
 
@@ -38,10 +41,11 @@ class Term:
     weight:    factor of the term in the objective
     options:   keyword arguments of the loss function
     layers:    of a loss on features: the layer mapping, see `layers.map_layers`
-    stack:     of a loss on features: "encoder" or "decoder" of a model that has both
+    stack:     of a loss on features: "encoder" or "decoder" of a model that has both; "embedding" of one on embeddings
     teacher:   name of the teacher that the term reads if there are several, else None
     origin:    author of the tokens that the term is for, one of `ORIGINS`; None: any
     by_origin: origin -> the term of the tokens of this author, with the same name; tokens of others have this term
+    pooling:   of a loss on embeddings: how student and teacher pool their hidden states, each one of `POOLINGS`
     """
 
     name: str
@@ -53,6 +57,7 @@ class Term:
     teacher: str | None = None
     origin: str | None = None
     by_origin: Mapping[str, "Term"] = field(default_factory=dict)
+    pooling: tuple[str, str] | None = None
 
     def of_origin(self, origin: str) -> "Term":
         """Return the term of the tokens of an author."""
@@ -128,7 +133,7 @@ def objective(
     divergence: str | dict = DIVERGENCE,
     losses: Iterable[dict] = (),
     label_smoothing: float = 0.0,
-    hard_loss: str = "cross_entropy",
+    hard_loss: str | None = "cross_entropy",
 ) -> list[Term]:
     """Build the terms of `alpha * soft + (1 - alpha) * hard + sum(weight * others)`.
 
@@ -138,7 +143,8 @@ def objective(
         divergence: name of the soft term's loss, or `{name, **options}`.
         losses: other terms, each `{name, weight, **options}`; with several teachers also `teacher`.
         label_smoothing: of the hard term, in [0, 1].
-        hard_loss: name of the hard term's loss, cross entropy or that of another output type.
+        hard_loss: name of the hard term's loss, cross entropy or that of another output type; None: there are no
+            labels, and no hard term.
 
     Returns:
         the soft term, the hard term, the other terms.
@@ -156,18 +162,18 @@ def objective(
     raise_if_any(problems if not (_is_number(alpha) and _is_number(temperature)) else [])
     soft = divergence if isinstance(divergence, dict) else {"name": divergence}
     specs = [{**soft, "weight": alpha}, *losses]
-    hard, smoothing = get_loss(hard_loss), {"label_smoothing": label_smoothing}
-    if label_smoothing and "label_smoothing" not in hard.options:
-        problems.append(
-            f"label_smoothing_factor is {label_smoothing}, and the hard loss {hard_loss} has no label smoothing: set "
-            "it to 0"
-        )
-    terms = [Term("hard", hard, 1 - alpha, smoothing if "label_smoothing" in hard.options else {})]
+    hard, terms = None if hard_loss is None else get_loss(hard_loss), list[Term]()
+    smooths = hard is not None and "label_smoothing" in hard.options
+    if label_smoothing and not smooths:
+        which = "there are no labels" if hard is None else f"the hard loss {hard_loss} has no label smoothing"
+        problems.append(f"label_smoothing_factor is {label_smoothing}, and {which}: set it to 0")
     for i, spec in enumerate(specs):
         with collect_errors(problems):
             terms.append(_term(spec, temperature, "soft" if i == 0 else None))
     raise_if_any(problems)
-    return _deduplicate_names([terms[1], terms[0], *terms[2:]])
+    if hard is not None:
+        terms.insert(1, Term("hard", hard, 1 - alpha, {"label_smoothing": label_smoothing} if smooths else {}))
+    return _deduplicate_names(terms)
 
 
 def _is_number(value: object) -> bool:
@@ -211,11 +217,15 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
             f"Loss {loss.name!r} has teacher {teacher!r}; `teacher` must be the name of a teacher, and only an entry "
             "of `losses` whose loss reads a teacher may have it"
         )
-    if is_soft and "logits" not in loss.compares and not loss.compares_chunks:
+    if is_soft and "logits" not in loss.compares and not loss.compares_chunks and loss.feature != EMBEDDING:
         raise DistillError(
             f"divergence is {loss.name!r}, which does not read the teacher's logits: use a divergence such as "
             "forward_kl, and put this loss into `losses`"
         )
+    if loss.feature == EMBEDDING:
+        pooling, of_teacher = (options.pop(k, v) for k, v in EMBEDDING_OPTIONS.items())
+        term = Term(loss.name, loss, weight, options, None, EMBEDDING, teacher, (pooling, of_teacher or pooling))
+        return replace(term, name=name or (loss.name if teacher is None else f"{loss.name}_{teacher}"))
     layers, stack = (options.pop(k, v) if loss.feature else None for k, v in FEATURE_OPTIONS.items())
     if loss.feature:
         check_layers(layers)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, FRAMES, OUTPUTS, REAL_VALUES, SPANS
+from ..core.defaults import ALPHA
+from ..core.loss_kinds import BERNOULLIS, DISTRIBUTION, EMBEDDING, FRAMES, NO_LOGITS, OUTPUTS, REAL_VALUES, SPANS
 from ..core.targets import IGNORE_INDEX, Targets, real_labels, target_labels
 from ..core.transcripts import MEAN, SUM, TranscriptLabels
 from ..errors import DistillError
@@ -54,6 +55,7 @@ OUTPUT_NAMES = {  # for messages
     REAL_VALUES: "real values",
     SPANS: "spans of positions",
     FRAMES: "a distribution for each frame",
+    NO_LOGITS: "embeddings",
 }
 
 
@@ -65,7 +67,7 @@ class OutputType(ABC):
 
     outputs:         one of `core.loss_kinds.OUTPUTS`, which the losses of the objective must fit
     soft_loss:       name of the default loss of the soft term
-    hard_loss:       name of the loss of the hard term, that of the model itself
+    hard_loss:       name of the loss of the hard term, that of the model itself; None: there are no labels
     student_metrics: names of the statistics of each target that read the student alone
     pair_metrics:    names of those that also read a teacher with logits
     label_names:     keys of a batch with the labels
@@ -79,7 +81,7 @@ class OutputType(ABC):
 
     outputs: ClassVar[str]
     soft_loss: ClassVar[str]
-    hard_loss: ClassVar[str]
+    hard_loss: ClassVar[str | None]
     student_metrics: ClassVar[tuple[str, ...]] = ()
     pair_metrics: ClassVar[tuple[str, ...]] = ()
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
@@ -126,6 +128,20 @@ class OutputType(ABC):
     def different_settings(self, teacher: "OutputType") -> list[str]:
         """Return an error message for each setting of the outputs that a teacher of this type has to share."""
         return []
+
+    def objective_problems(self, soft_loss: Loss, alpha: float) -> list[str]:
+        """Return an error message for each part of the objective that is not defined for models of this type.
+
+        Args:
+            soft_loss: the loss of the soft term.
+            alpha: the weight of the soft term in the arguments.
+        """
+        if soft_loss.feature is None:
+            return []
+        return [
+            f"divergence is {soft_loss.name}, which compares embeddings, and the student predicts "
+            f"{OUTPUT_NAMES[self.outputs]}: use {' or '.join(self.losses)}, and put this loss into `losses`"
+        ]
 
     @property
     def kernel_computes_metrics(self) -> bool:
@@ -543,7 +559,56 @@ class Pixels(Classes):
         return metrics
 
 
+class Embeddings(RowOutputs):
+    """Hidden states and no logits: an encoder without a head, which is trained on rows without labels.
+
+    The soft loss is one on embeddings, with the weight 1, and there is no hard loss. In place of logits there is one
+    number without a gradient for each row, [B, 1], which no loss reads.
+    """
+
+    outputs, soft_loss, hard_loss = NO_LOGITS, "embedding_cosine", None
+    label_names, logit_names = (), ("last_hidden_state",)
+
+    @property
+    def losses(self) -> list[str]:
+        """Names of the losses on embeddings."""
+        return [name for name, loss in LOSSES.items() if loss.feature == EMBEDDING]
+
+    def objective_problems(self, soft_loss: Loss, alpha: float) -> list[str]:
+        """Return an error message if alpha gives a weight to labels, or the soft loss compares no embeddings."""
+        problems = []
+        if alpha not in (ALPHA, 1.0):
+            problems.append(
+                f"alpha is {alpha}, and an encoder has no labels that could have the weight 1 - alpha: leave alpha "
+                "out, or set it to 1"
+            )
+        if soft_loss.feature is None and self.fits(soft_loss):
+            problems.append(f"divergence is {soft_loss.name}: use {' or '.join(self.losses)}")
+        return problems
+
+    def logits_of(self, outputs: Mapping[str, Any]) -> Tensor | None:
+        """Return one number without a meaning for each row, [B, 1]; None without hidden states."""
+        hidden = outputs.get("last_hidden_state")
+        return hidden.new_zeros(len(hidden), 1) if isinstance(hidden, Tensor) else None
+
+    def row_labels(self, inputs: dict) -> Tensor:
+        """Return a zero for each row, [B]."""
+        return self.countable_labels(inputs, shift=False)
+
+    def countable_labels(self, inputs: dict, shift: bool) -> Tensor:
+        """Return a zero for each row, [B].
+
+        Raises:
+            DistillError: the batch has no inputs.
+        """
+        values = inputs.get("input_ids", next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim()), None))
+        if values is None:
+            raise DistillError(f"The batch has no inputs of a model; it has {sorted(inputs)}.")
+        return torch.zeros(len(values), dtype=torch.long, device=values.device)
+
+
 DISTRIBUTION_OUTPUTS, BERNOULLI_OUTPUTS = Distribution(), Bernoullis()
 CLASS_OUTPUTS, ROW_CLASS_OUTPUTS = Classes(), RowClasses()
 REAL_VALUE_OUTPUTS, SPAN_OUTPUTS = RealValues(), Spans()
 FRAME_OUTPUTS, PIXEL_OUTPUTS = Frames(), Pixels()
+EMBEDDING_OUTPUTS = Embeddings()

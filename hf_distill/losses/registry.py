@@ -8,12 +8,17 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..core.loss_kinds import CHUNKS, DISTRIBUTION, FEATURES, OUTPUTS
+from ..core.loss_kinds import CHUNKS, DISTRIBUTION, EMBEDDING, FEATURES, OUTPUTS, POOLINGS
 from ..core.options import POSITIVE, option_problem, option_schema
 from ..errors import DistillError, did_you_mean, raise_if_any
 
 Limits: TypeAlias = Mapping[str, Mapping[str, object]]  # option -> keys of JSON Schema
-FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on features: layer mapping and stack
+FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on layers: layer mapping and stack
+EMBEDDING_OPTIONS = {"pooling": "mean", "teacher_pooling": None}  # of losses on embeddings; None: as the student
+_EMBEDDING_SCHEMAS = {
+    "pooling": option_schema("mean", {"enum": [*POOLINGS]}),
+    "teacher_pooling": option_schema(None, {"enum": [*POOLINGS, None]}),
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,11 @@ class Loss:
     @property
     def option_schemas(self) -> dict[str, dict[str, object]]:
         """Name -> JSON Schema of each option, including the options that all losses on features have."""
-        options = {**self.options, **(FEATURE_OPTIONS if self.feature else {})}
-        unchecked = FEATURE_OPTIONS if self.feature else {}  # `objective` checks them
-        return {
-            name: {"default": default} if name in unchecked else option_schema(default, self.limits.get(name, {}))
-            for name, default in options.items()
-        }
+        schemas = {name: option_schema(default, self.limits.get(name, {})) for name, default in self.options.items()}
+        if self.feature == EMBEDDING:
+            return schemas | _EMBEDDING_SCHEMAS
+        # `objective` checks the options of layers.
+        return schemas | ({name: {"default": value} for name, value in FEATURE_OPTIONS.items()} if self.feature else {})
 
     @property
     def feature(self) -> str | None:
@@ -111,12 +115,14 @@ def loss(
                         student's is [N, H_t]
         ("attention",)  [N, h_s, S] and [N, h_t, S], rows of the attention maps
         ("values",)     [B, h_s, S, H_s / h_s] and [B, h_t, S, H_t / h_t], the attention's values
+        ("embedding",)  [B, H_s] and [B, H_t], the pooled hidden states of each row; with `project`, the student's are
+                        [B, H_t]
         ("chunk_log_probs",), ("first_logits",)     two `Signals`, of which the teacher's have `AlignedLogits`: of a
                         teacher with another tokenizer. The value of a chunk is that of its first token, and other
                         tokens have 0
 
     A loss on features returns [N], one number for each token of `targets`; its term is the mean over the pairs of
-    layers. An option takes values of the type of its default.
+    layers; a loss on embeddings returns one number for each row. An option takes values of the type of its default.
 
     Args:
         name: name in configs, recipes and logs.

@@ -15,7 +15,7 @@ _SMALLER_IS_BETTER = re.compile(
     r"(.+_)?(loss|kl|perplexity|bits_per_byte|teacher_mse)|(.+_)?(hard|soft)(_\w+)?_loss_.+"
 )
 _GREATER_IS_BETTER = re.compile(
-    r"(.+_)?(agreement|mean_token_accuracy|accuracy|f1|pearson|spearman|exact_match|mean_iou)"
+    r"(.+_)?(agreement|mean_token_accuracy|accuracy|f1|pearson|spearman|exact_match|mean_iou|embedding_cosine)"
 )
 _NEITHER_IS_BETTER = re.compile(r"(.+_)?(student|teacher)_entropy")
 

@@ -7,7 +7,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..core.loss_kinds import EMBEDDING
 from ..errors import DistillError
+from ..losses.output_types import EMBEDDING_OUTPUTS
 from .model_types import IMAGE_TEXT, model_type_of, transformers_model_in, unwrap_model
 
 SIDECAR = "distill_sidecar"  # name of the submodule that holds trained modules outside the student
@@ -36,12 +38,15 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
 
     Args:
         model: a transformers model, with or without wrappers.
-        which: "encoder" or "decoder" for a model that has both (None for its decoder), else None.
+        which: "encoder" or "decoder" for a model that has both (None for its decoder), else None. "embedding": the
+            blocks before its embeddings, those of the encoder of a model that has both.
 
     Raises:
         DistillError: the model has no such stack, or its blocks cannot be found.
     """
     inner: Any = _with_config(model)
+    if which == EMBEDDING:
+        which = "encoder" if inner.config.is_encoder_decoder else None
     if inner.config.is_encoder_decoder:
         which = which or "decoder"
         root = inner.get_encoder() if which == "encoder" else inner.get_decoder()
@@ -60,6 +65,21 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
     )
     config = root.config.get_text_config()
     return LayerStack(which, blocks, config.hidden_size, causal, config._attn_implementation)
+
+
+def embedding_module(model: nn.Module) -> nn.Module:
+    """Return the module whose last hidden states are pooled to embeddings: a model without its head or its decoder.
+
+    Args:
+        model: a model, with or without wrappers.
+
+    Raises:
+        DistillError: neither the model nor a transformers model inside it has a config.
+    """
+    if model_type_of(model).output_type is EMBEDDING_OUTPUTS:
+        return unwrap_model(model)
+    inner: Any = _with_config(model)
+    return inner.get_encoder() if inner.config.is_encoder_decoder else getattr(inner, "base_model", inner)
 
 
 def has_encoder_and_decoder(model: nn.Module) -> bool:

@@ -7,16 +7,18 @@ Hidden states are taken by a forward hook on the block. Values and maps of the a
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
+from ..core.loss_kinds import EMBEDDING
+from ..core.pooling import PooledRows
 from ..core.signals import FeatureKey
 from ..core.targets import FeatureTokens, RowPositions
 from ..errors import DistillError
-from .blocks import get_layer_stack
+from .blocks import embedding_module, get_layer_stack
 
 Attention: TypeAlias = tuple[Tensor, Tensor | None]  # values [B, heads, S, d] and maps [B, heads, S, S]
 
@@ -40,16 +42,25 @@ def capture_features(
     features: dict[FeatureKey, Tensor] = {}
     recorded: dict[nn.Module, Attention] = {}  # block -> values and maps of its self-attention
     feature_keys: dict[nn.Module, list[FeatureKey]] = defaultdict(list)
-    stacks = {name: get_layer_stack(model, name) for name in {key.stack for key in feature_requests}}
-    for key in feature_requests:
+    of_layers = [key for key in feature_requests if key.kind != EMBEDDING]
+    stacks = {name: get_layer_stack(model, name) for name in {key.stack for key in of_layers}}
+    for key in of_layers:
         feature_keys[stacks[key.stack].blocks[key.layer]].append(key)
+    pooled = {key: tokens for key, tokens in feature_requests.items() if isinstance(tokens, PooledRows)}
 
     def capture_block(block: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
         attention = recorded.pop(block, None)
         for key in feature_keys[block]:
             features[key] = _read_feature(key, feature_requests[key], output, attention, block)
 
+    def pool_outputs(module: nn.Module, _args: tuple, output: object) -> None:
+        hidden = _last_hidden_state(module, output)
+        for key, rows in pooled.items():
+            features[key] = rows.embed(hidden, str(key.pooling), module)
+
     handles = [block.register_forward_hook(capture_block) for block in feature_keys]
+    if pooled:  # before hooks that read the features at the end of the same forward
+        handles.append(embedding_module(model).register_forward_hook(pool_outputs, prepend=True))
     block_of_module = {
         module: block
         for block, block_keys in feature_keys.items()
@@ -62,6 +73,17 @@ def capture_features(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _last_hidden_state(module: nn.Module, output: Any) -> Tensor:
+    hidden = output.get("last_hidden_state") if isinstance(output, Mapping) else output
+    hidden = hidden[0] if isinstance(hidden, tuple | list) else hidden
+    if not isinstance(hidden, Tensor):
+        raise DistillError(
+            f"{type(module).__name__} returns a {type(output).__name__} without `last_hidden_state`, which embeddings "
+            "are pooled from: remove the losses on embeddings, or use a model of transformers that returns it."
+        )
+    return hidden
 
 
 def _read_feature(

@@ -1,16 +1,19 @@
 """Losses on features: the layers that they compare, and their weighted sum, computed in the student's forward."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ..core.loss_kinds import EMBEDDING
+from ..core.pooling import PooledRows, document_numbers
 from ..core.signals import FeatureKey
 from ..core.targets import FeatureTokens, RowPositions, Targets, token_counts
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import LEARNED, Pairs, map_layers
+from ..losses.embedding import EMBEDDING_SIMILARITY, embedding_cosine
 from ..losses.objective import Term
 from .blocks import LayerStack, get_layer_stack
 from .projectors import LayerMixture, ProjectorConfig
@@ -41,11 +44,13 @@ class FeatureTerm:
 
     def student_key(self, layer: int) -> FeatureKey:
         """Return the key of the feature that the term reads in a layer of the student."""
-        return FeatureKey(str(self.term.loss.feature), layer, self.term.stack)
+        pooling = None if self.term.pooling is None else self.term.pooling[0]
+        return FeatureKey(str(self.term.loss.feature), layer, self.term.stack, pooling=pooling)
 
     def teacher_key(self, layer: int) -> FeatureKey:
         """Return the key of the feature that the term reads in a layer of the teacher."""
-        return replace(self.student_key(layer), teacher=self.term.teacher)
+        pooling = None if self.term.pooling is None else self.term.pooling[1]
+        return replace(self.student_key(layer), teacher=self.term.teacher, pooling=pooling)
 
     def teacher_layers(self) -> Iterable[int]:
         """Return the layers of the teacher that the term reads."""
@@ -66,11 +71,25 @@ class FeatureTerm:
             tokens: the N tokens.
             sidecar: holds the projectors and learned mappings.
         """
+        total = None
+        for pair in self.compared(student, teacher, tokens, sidecar):
+            values = self.term(*pair, tokens)
+            total = values if total is None else total + values
+        assert total is not None, "a mapping has at least one pair"
+        return total / len(self.pairs)
+
+    def compared(
+        self,
+        student: Mapping[FeatureKey, Tensor],
+        teacher: Mapping[FeatureKey, Tensor],
+        tokens: Targets,
+        sidecar: Sidecar,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the features of student, projected if there is a projector, and teacher for each pair of layers."""
         projectors = cast(nn.ModuleDict | None, sidecar.get("projectors", self.term.name))
         shares = cast(LayerMixture, sidecar.get("mappings", self.term.name))() if self.is_learned else None
         device = tokens.positions.device
         teacher_features = {j: teacher[self.teacher_key(j)].to(device) for j in self.teacher_layers()}
-        total = None
         for i, (student_layer, teacher_layer) in enumerate(self.pairs):
             student_feature = student[self.student_key(student_layer)].to(device)
             if projectors is not None:
@@ -79,10 +98,7 @@ class FeatureTerm:
                 teacher_feature = teacher_features[teacher_layer]
             else:
                 teacher_feature = sum(shares[i, j] * feature for j, feature in teacher_features.items())
-            values = self.term(student_feature, teacher_feature, tokens)
-            total = values if total is None else total + values
-        assert total is not None, "a mapping has at least one pair"
-        return total / len(self.pairs)
+            yield student_feature, teacher_feature
 
 
 @dataclass
@@ -94,7 +110,8 @@ class FeatureLoss:
     tokens:           stack -> the N tokens whose features are compared
     targets:          T target tokens
     num_items:        divisor of the sum, number of target tokens of the global batch; None for T
-    per_token:        name -> [T], set by `total`: the scaled, unweighted terms
+    per_token:        name -> [T], set by `total`: the scaled, unweighted terms, and the cosine similarity of the
+                      embeddings that the first term on embeddings compares
     """
 
     terms: list[FeatureTerm]
@@ -120,6 +137,11 @@ class FeatureLoss:
             if self.targets.weights is not None:
                 values = values * self.targets.weights
             self.per_token[term.name] = values.detach()
+            if term.loss.feature == EMBEDDING and EMBEDDING_SIMILARITY not in self.per_token:
+                with torch.no_grad():
+                    compared = feature_term.compared(student_features, self.teacher_features, tokens, sidecar)
+                    similarity = 1 - embedding_cosine(*next(compared), tokens)
+                self.per_token[EMBEDDING_SIMILARITY] = tokens.to_target_tokens(similarity, self.targets)
             total = total + term.weight * values.sum()
         return total / self.targets.divisor(self.num_items)
 
@@ -194,12 +216,20 @@ class Features:
 
     def numbers_to_read(self, inputs: dict) -> dict[str, Tensor]:
         """Return the numbers of a batch that `tokens` needs on the host, for `Targets.from_batch`."""
-        return token_counts(inputs) if self.terms else {}
+        numbers = token_counts(inputs) if self.terms else {}
+        return numbers | (document_numbers(inputs) if EMBEDDING in self._stacks() else {})
 
     def tokens(self, inputs: dict, targets: Targets) -> dict[str | None, FeatureTokens]:
         """Return, for each stack that a term reads, the N tokens whose features are compared."""
-        stacks = {feature_term.term.stack: feature_term.student for feature_term in self.terms}
-        return {key: targets.feature_tokens(inputs, stack.causal, stack.name) for key, stack in stacks.items()}
+        return {
+            key: PooledRows(targets, inputs)
+            if key == EMBEDDING
+            else targets.feature_tokens(inputs, stack.causal, stack.name)
+            for key, stack in self._stacks().items()
+        }
+
+    def _stacks(self) -> dict[str | None, LayerStack]:
+        return {feature_term.term.stack: feature_term.student for feature_term in self.terms}
 
     def student_requests(self, tokens: Mapping[str | None, FeatureTokens]) -> dict[FeatureKey, FeatureTokens]:
         """Return the features to capture in the student, with their tokens."""
@@ -226,6 +256,8 @@ def _resolve_term(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTe
                     f"none. Load the {who} with attn_implementation='eager', or use value_relation, which needs no "
                     "maps."
                 )
+    if term.loss.feature == EMBEDDING:
+        return FeatureTerm(term, [(0, 0)], student_stack, teacher_stack)
     try:
         pairs = map_layers(term.layers, len(student_stack.blocks), len(teacher_stack.blocks))
     except DistillError as error:

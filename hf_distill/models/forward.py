@@ -18,12 +18,13 @@ from ..core.logits import DenseLogits, LazyLogits
 from ..core.signals import FeatureKey, Signals
 from ..core.targets import FeatureTokens, Targets
 from ..losses.fused import ChunkedLoss
+from ..losses.output_types import EMBEDDING_OUTPUTS
 from .aux_losses import AuxLosses, labels_of, plan_aux_losses
 from .feature_capture import capture_features
 from .features import FeatureLoss
 from .frozen_head import FrozenHead
 from .model_call import named_outputs, prepare_inputs, without_made_logits
-from .model_types import unwrap_model, unwrap_parallel
+from .model_types import model_type_of, unwrap_model, unwrap_parallel
 from .output_head import OutputHead, output_head, replaced_forward
 from .sidecar import sidecar_of
 
@@ -122,6 +123,10 @@ def forward_with_loss(
             summands.append(sidecar(lambda parts: feature_loss.total(captured, parts)))
         if summands:
             outputs["loss"] = torch.stack(summands).sum()
+        if model_type_of(model).output_type is EMBEDDING_OUTPUTS:
+            # DDP waits for the gradient of whatever else has a graph, such as a pooler that the loss does not read.
+            for name in [name for name, value in outputs.items() if name != "loss" and isinstance(value, Tensor)]:
+                outputs[name] = outputs[name].detach()
         return outputs
 
     hook = unwrap_parallel(model).register_forward_hook(

@@ -1,5 +1,5 @@
 """The types of models that can be distilled: language models, classifiers of text, images, audio and videos, regression
-models, question answering, multiple choice, CTC models of speech and semantic segmentation.
+models, question answering, multiple choice, CTC models of speech, semantic segmentation, and encoders without a head.
 
 The loss of a causal model decides whether its labels are shifted; models of other types predict the label at their
 position. The classes of a classifier are treated as a small vocabulary.
@@ -20,6 +20,7 @@ from ..losses.output_types import (
     BERNOULLI_OUTPUTS,
     CLASS_OUTPUTS,
     DISTRIBUTION_OUTPUTS,
+    EMBEDDING_OUTPUTS,
     FRAME_OUTPUTS,
     PIXEL_OUTPUTS,
     REAL_VALUE_OUTPUTS,
@@ -232,9 +233,21 @@ SEMANTIC_SEGMENTATION = ModelType(
     output_type=PIXEL_OUTPUTS,
 )
 
+ENCODER = ModelType(
+    "encoder",
+    "AutoModel",
+    "feature-extraction",
+    shifts_labels=False,
+    vocabulary=False,
+    output_type=EMBEDDING_OUTPUTS,
+    has_classes=False,
+)
+
 _BY_CLASS = {
     class_name: model_type
     for names, model_type in (
+        (auto.MODEL_MAPPING_NAMES, ENCODER),
+        (auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, ENCODER),
         (auto.MODEL_FOR_CTC_MAPPING_NAMES, CTC),
         (auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, SEMANTIC_SEGMENTATION),
         (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, IMAGE),
@@ -318,7 +331,9 @@ def model_type_of_class(cls: type) -> ModelType | None:
     for base in cls.__mro__:
         named = re.findall(f"({'|'.join(LOSS_MAPPING)})", base.__name__)
         loss_name = base.__name__ if base.__name__ in LOSS_MAPPING else next(iter(named), "")
-        if model_type := _BY_CLASS.get(base.__name__) or _model_type_of_loss(loss_name, cls):
+        model_type = _BY_CLASS.get(base.__name__) or _model_type_of_loss(loss_name, cls)
+        is_derived = base is not cls and model_type is ENCODER  # it may have a head of its own
+        if model_type is not None and not is_derived:
             return model_type
     return None
 
@@ -367,6 +382,8 @@ def unmeasured_type_of(model: nn.Module) -> ModelType:
     if model_type is None or not isinstance(model, PreTrainedModel):
         raise DistillError(_unknown_type(model))
     model_type = with_config(model_type, config, type(model).__name__)
+    if model_type is ENCODER and {"encoder", "decoder"} <= {name for name, _ in model.named_children()}:
+        raise DistillError(_NO_ENCODER.format(type(model).__name__))
     if isinstance(model_type.output_type, Frames):
         return replace(
             model_type, output_type=replace(model_type.output_type, count_frames=partial(count_frames, model))
@@ -393,7 +410,7 @@ def _unknown_type(model: nn.Module) -> str:
     parts = {
         f"`{path}` is a {type(part).__name__}, a {known.name}"
         for path, part in model.named_children()
-        if isinstance(part, PreTrainedModel) and (known := model_type_of_class(type(part))) is not None
+        if isinstance(part, PreTrainedModel) and (known := model_type_of_class(type(part))) not in (None, ENCODER)
     }
     found = f" ({'; '.join(sorted(parts))})" if parts else ""
     return (
@@ -401,6 +418,12 @@ def _unknown_type(model: nn.Module) -> str:
         f"{', '.join(TYPE_BY_NAME)}, or register another with hf_distill.register_model_type. Other teachers derive "
         "from hf_distill.Teacher."
     )
+
+
+_NO_ENCODER = (
+    "{} has an encoder and a decoder and no head, so it predicts nothing. Train its encoder with model_type='encoder' "
+    "(`model.get_encoder()`, or AutoModelForTextEncoding), or load it with a head, such as AutoModelForSeq2SeqLM."
+)
 
 
 def _reads_text(model: nn.Module) -> bool:
@@ -464,6 +487,8 @@ def how_to_match(teacher: ModelType, student: ModelType) -> str:
     """Return what to do about a teacher and a student of different types, for an error message."""
     if student.is_declared:
         return "set model_type= to what the outputs of both are, or use a teacher with the outputs of this type."
+    if student is ENCODER:
+        return "give the model without its head, as AutoModel loads it (`teacher.base_model`)."
     if teacher.auto_class == student.auto_class:
         return (
             "set the same problem_type in both configs (single_label_classification, multi_label_classification "
@@ -495,5 +520,6 @@ TYPE_BY_NAME = {  # the names for `model_type=`
     "masked_lm": MASKED,
     "seq2seq_lm": SEQ2SEQ,
     "speech_seq2seq": SPEECH_SEQ2SEQ,
+    "encoder": ENCODER,
 }
 DECLARED_TYPE = "_hf_distill_model_type"  # attribute of a model whose type the user named

@@ -1,5 +1,6 @@
 """The models and the batch of a run: what its memory depends on, whatever the placement of the models."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,7 @@ from functools import cached_property
 import torch
 from transformers import PretrainedConfig
 
+from ..core.loss_kinds import EMBEDDING
 from ..layers import LEARNED, map_layers
 from ..losses import get_loss
 from ..recipe.losses import LossSpec
@@ -167,6 +169,8 @@ def _captured_values(spec: LossSpec, student: ModelStats, teacher: ModelStats, l
     kind, options = get_loss(spec.name).feature, spec.model_extra or {}
     if kind is None:
         return 0
+    if kind == EMBEDDING:  # one vector for each row
+        return math.ceil((student.hidden + teacher.hidden) / length)
     layers = options.get("layers", "stretch")
     pairs = map_layers(layers, student.depth, teacher.depth)
     teacher_layers = teacher.depth if layers == LEARNED else len({t for _, t in pairs})

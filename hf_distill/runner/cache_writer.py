@@ -308,7 +308,7 @@ def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
         options, feature = spec.model_extra or {}, get_loss(spec.name).feature
         if feature not in (None, "hidden"):
             problems.append(
-                f"loss {spec.name!r} needs attention {feature}, which a cache does not hold: remove the loss"
+                f"loss {spec.name!r} compares features of the kind {feature}, which a cache does not hold: remove it"
             )
         if feature == "hidden":
             if student_depth is None:

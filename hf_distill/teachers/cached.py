@@ -249,7 +249,10 @@ class CachedTeacher(Teacher):
         """Return the reason why the cache cannot serve a loss on features, if there is one."""
         layers, depth = self.manifest.options.get("layers", []), self.manifest.depth
         if term.loss.feature != "hidden":
-            return [f"{term.name} needs {term.loss.feature} of attention, which no cache holds: use a FrozenTeacher"]
+            return [
+                f"{term.name} compares features of the kind {term.loss.feature}, which no cache holds: use a "
+                "FrozenTeacher"
+            ]
         needed = {t for _, t in map_layers(term.layers, self._student_depth, depth)}
         needed = {*range(depth)} if term.layers == LEARNED else needed
         if missing := sorted(needed - {*layers}):

@@ -14,6 +14,7 @@ from ..core.references import path_exists, reference_kind
 from ..errors import DistillError, require_package
 from ..hub import reading
 from ..models.model_types import (
+    ENCODER,
     GENERATIVE_TYPES,
     ModelType,
     decoder_type,
@@ -120,6 +121,8 @@ def load_pretrained(
     missing = [
         key for key in report["missing_keys"] if not {*key.split(".")} & {*adapter_modules} and "lora_" not in key
     ]
+    if model_type is ENCODER:  # embeddings are pooled from the last hidden states
+        missing = [key for key in missing if not key.startswith("pooler.")]
     missing += [key[0] for key in report["mismatched_keys"]]
     if missing:
         raise DistillError(
@@ -140,6 +143,8 @@ def check_checkpoint(path: str, model_type: ModelType, config: PretrainedConfig,
     """
     written_by = _written_by(config)
     written_type = None if written_by is None or is_adapter else model_type_of_class(written_by)
+    if ENCODER in (written_type, model_type):  # a head can be put on an encoder, and AutoModel loads one without it
+        return
     if written_type in GENERATIVE_TYPES:
         is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
         written_type = encoder_decoder_type(written_type) if is_encoder_decoder else decoder_type(written_type)
@@ -159,7 +164,8 @@ def _written_by(config: PretrainedConfig) -> Any:
 def _class_of(path: str, model_type: ModelType, student: nn.Module, config: PretrainedConfig, is_adapter: bool) -> Any:
     check_checkpoint(path, model_type, config, is_adapter)
     written_by = _written_by(config)
-    if written_by is not None and model_type_of_class(written_by) is not None and not is_adapter:
+    written_type = None if written_by is None else model_type_of_class(written_by)
+    if written_type is not None and not is_adapter and (written_type is ENCODER) == (model_type is ENCODER):
         return written_by
     if (auto_class := auto_class_of(type(unwrap_model(student)), model_type)) is None:
         raise DistillError(

@@ -14,6 +14,7 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 from transformers import TrainingArguments
 
+from ..core.loss_kinds import EMBEDDING
 from ..errors import DistillError, raise_if_any
 from ..losses.objective import Term
 from ..models.compilation import compile_blocks, compiled_around_head, compiled_modules, transformer_blocks
@@ -152,7 +153,7 @@ def incompatible_features(
         teacher: the teacher.
         args: the training arguments.
     """
-    names = ", ".join(term.name for term in terms if term.loss.feature is not None)
+    names = ", ".join(term.name for term in terms if term.loss.feature not in (None, EMBEDDING))
     if not names:
         return []
     reason = (

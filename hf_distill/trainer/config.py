@@ -60,7 +60,7 @@ class DistillArguments:
         default=ALPHA,
         metadata={
             "help": "Weight of the divergence from the teacher, between 0 and 1. The cross entropy on the labels gets "
-            f"the weight 1 - alpha. The default is {ALPHA}."
+            f"the weight 1 - alpha. The default is {ALPHA}. Encoders without a head have no labels: the weight is 1."
         },
     )
     divergence: dict | str | None = field(
@@ -69,7 +69,7 @@ class DistillArguments:
             "help": "Divergence between the outputs of teacher and student: the name of a loss, or a dict "
             '{"name": ..., option: ...}, also as JSON. The default is None, the loss of the model\'s type: '
             f"{DIVERGENCE} for distributions over ids or classes, bernoulli_kl for multi-label classifiers, "
-            "mse for regression."
+            "mse for regression, embedding_cosine for encoders without a head."
         },
     )
     cross_tokenizer: dict | str | None = field(
@@ -283,11 +283,13 @@ class DistillArguments:
         """
         losses, defaults = cast("list[dict]", self.losses or []), output_type or DISTRIBUTION_OUTPUTS
         soft_loss = self.soft_loss or defaults.soft_loss
-        terms = objective(self.alpha, self.loss_temperature, soft_loss, losses, label_smoothing, defaults.hard_loss)
+        alpha = 1.0 if defaults.hard_loss is None and self.alpha == ALPHA else self.alpha
+        terms = objective(alpha, self.loss_temperature, soft_loss, losses, label_smoothing, defaults.hard_loss)
         terms = self._with_origins(terms, soft_loss, label_smoothing, defaults.hard_loss)
         losses_of_all = [variant.loss for term in terms for variant in (term, *term.by_origin.values())]
         if output_type is not None:
             problems = output_type.unfitting_losses(losses_of_all)
+            problems += output_type.objective_problems(terms[0].loss, self.alpha)
             if not output_type.has_temperature and self.temperature not in (None, TEMPERATURE):
                 problems.append(
                     f"temperature is {self.temperature}, and the outputs of the student are "
@@ -310,7 +312,7 @@ class DistillArguments:
         return terms
 
     def _with_origins(
-        self, terms: list[Term], soft_loss: dict | str, label_smoothing: float, hard_loss: str
+        self, terms: list[Term], soft_loss: dict | str, label_smoothing: float, hard_loss: str | None
     ) -> list[Term]:
         """Return the terms with those of the origins in the soft and the hard term."""
         by_origin: dict[str, list[Term]] = {}
@@ -327,7 +329,9 @@ class DistillArguments:
         if not by_origin:
             return terms
         return [
-            replace(term, by_origin={origin: pair[index] for origin, pair in by_origin.items()}) if index < 2 else term
+            replace(term, by_origin={origin: pair[index] for origin, pair in by_origin.items()})
+            if index < (1 if hard_loss is None else 2)
+            else term
             for index, term in enumerate(terms)
         ]
 

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..losses.chunk_metrics import average_chunk_metrics
+from ..losses.embedding import EMBEDDING_SIMILARITY
 from ..losses.objective import Term
 from ..losses.token_metrics import greater_is_better
 from ..models.model_types import ModelType
@@ -164,6 +165,8 @@ def average_metrics(
     num_measured = sums.get("measured", 0.0)
     names = [name for name in dict.fromkeys((*_STATISTICS, *statistics)) if name in sums and name not in _NOT_LOGGED]
     measured = {name: mean_of(sums[name], num_measured) for name in names}
+    if EMBEDDING_SIMILARITY in means:
+        measured["embedding_cosine"] = means[EMBEDDING_SIMILARITY]
     return losses | average_by_source(sums, sources) | measured | average_chunk_metrics(sums)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..core.pooling import PooledRows
 from ..core.row_values import ORIGIN, ORIGINS, WEIGHT
 from ..core.signals import FeatureKey
 from ..core.targets import IGNORE_INDEX, FeatureTokens, RowPositions, Targets, target_labels
@@ -118,7 +119,9 @@ def _tokens_of_teacher(
     tokens: dict[str | None, FeatureTokens] = {}
     for stack, of_student in student.items():
         of_teacher = teacher[stack]
-        if isinstance(of_student, RowPositions):  # it compares the positions of both models when they have run
+        if isinstance(of_student, PooledRows):
+            tokens[stack] = of_teacher
+        elif isinstance(of_student, RowPositions):  # it compares the positions of both models when they have run
             tokens[stack] = of_student
         elif isinstance(of_teacher, Targets) and of_teacher.row_counts == of_student.row_counts:
             tokens[stack] = of_teacher

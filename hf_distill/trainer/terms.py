@@ -41,7 +41,9 @@ def build_objective(
         DistillError: terms do not work with the teacher or the output type, or two terms have one name; the
             message names all of them.
     """
-    soft, hard, *further = args.terms(label_smoothing, output_type)
+    soft, *others = args.terms(label_smoothing, output_type)
+    hard = others[0] if output_type.hard_loss is not None else None
+    further = others if hard is None else others[1:]
     shares: Mapping[str | None, float] = {None: 1.0} if teacher.provides_soft_labels else {}
     if isinstance(teacher, MultiTeacher):
         shares = dict(teacher.shares.items())
@@ -53,13 +55,19 @@ def build_objective(
     student = [
         soft.with_share(soft.name if name is None else f"soft_{name}", name, share) for name, share in shares.items()
     ]
-    student += [hard, *further]
+    student += [*([] if hard is None else [hard]), *further]
     if soft.by_origin:
         problems += _origin_problems(soft, teacher, output_type, shares)
     of_teacher: list[Term] = []
     members = teachers_by_name(teacher) if isinstance(teacher, MultiTeacher) else {None: teacher}
     for name, each in members.items():
-        if isinstance(each, TrainableTeacher):
+        if isinstance(each, TrainableTeacher) and hard is None:
+            problems.append(
+                f"a {type(each).__name__} is trained on labels, and the student has none: use a frozen, EMA or "
+                "snapshot teacher"
+            )
+        elif isinstance(each, TrainableTeacher):
+            assert hard is not None
             of_teacher += each.derive_terms(replace(soft, weight=soft.weight * shares.get(name, 0.0)), hard)
         of_origins = [variant for term in student for variant in term.by_origin.values()]
         refusals = each.incompatible_terms([*student, *of_origins], name)

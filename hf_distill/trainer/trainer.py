@@ -368,9 +368,9 @@ class DistillMixin(_Base):
         compile_frozen_teachers(teacher, self.args)
         self._set_objective(distill_args, renew=True)
         self.data_collator = collator_for_models(self)
-        self.label_names = [
-            *model_type_of(self.model).output_type.label_names
-        ]  # the Trainer derives them from the forward, which may name others or none
+        output_type = model_type_of(self.model).output_type
+        self.label_names = [*output_type.label_names]  # the Trainer derives others from the forward, or none
+        self.can_return_loss |= output_type.hard_loss is None  # the Trainer then evaluates a loss without labels
 
     def _set_objective(self, distill_args: DistillArguments, renew: bool) -> None:
         """Build the objective and the distiller for the prepared teacher, whose state stays as it is.
@@ -583,7 +583,7 @@ class DistillMixin(_Base):
             gen_kwargs: arguments of `generate`, for `Seq2SeqTrainer`.
         """
         self.keep_logits = not prediction_loss_only
-        has_labels = bool(self.label_names) and all(name in inputs for name in self.label_names)
+        has_labels = all(name in inputs for name in self.label_names) and (bool(self.label_names) or self.is_distilling)
         if isinstance(inputs, Mapping) and not has_labels:
             inputs = self._without_teacher_inputs(inputs)  # the Trainer calls the student
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)

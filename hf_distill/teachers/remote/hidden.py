@@ -217,9 +217,9 @@ class HiddenProtocol(RemoteProtocol):
         for term in terms:
             if term.loss.feature not in (None, "hidden"):
                 problems.append(
-                    f"{term.name} compares {term.loss.feature} of attention, and `hf-distill serve` returns hidden "
-                    "states only: use a loss on hidden states (hidden_cosine, hidden_mse, hidden_relation), or a local "
-                    "teacher"
+                    f"{term.name} compares features of the kind {term.loss.feature}, and `hf-distill serve` returns "
+                    "hidden states only: use a loss on hidden states (hidden_cosine, hidden_mse, hidden_relation), or a "
+                    "local teacher"
                 )
             elif term.loss.feature and not self.depth:
                 problems.append(f"{term.name} compares hidden states of layers, and {_NO_LAYERS}")
