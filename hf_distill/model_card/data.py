@@ -50,7 +50,7 @@ class ObjectiveFacts(TypedDict, total=False):
     temperature: float
     alpha: float
     divergence: str | Mapping[str, object]
-    hard_loss: str
+    hard_loss: str | None
     losses: Sequence[Mapping[str, JSON]] | None
 
 

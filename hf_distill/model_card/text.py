@@ -87,10 +87,11 @@ def _objective_lines(objective: ObjectiveFacts, target: str) -> list[str]:
     loss = LOSSES.get(_name(objective["divergence"]))
     is_of_chunks = loss is not None and loss.compares_chunks
     has_temperature = loss is None or "temperature" in loss.options
-    hard_loss = str(objective.get("hard_loss", "cross_entropy")).replace("_", " ")
+    hard_loss = objective.get("hard_loss", "cross_entropy")
+    hard_term = "" if hard_loss is None else f" + {hard:g} · {hard_loss.replace('_', ' ')}"
     scale, temperature = (" · T²", f", with T = {objective['temperature']:g}") if has_temperature else ("", "")
     lines = [
-        f"Objective: {soft:g}{scale} · {soft_term} + {hard:g} · {hard_loss}{terms}{temperature}, averaged over the "
+        f"Objective: {soft:g}{scale} · {soft_term}{hard_term}{terms}{temperature}, averaged over the "
         f"{target_words(target)} of the global batch."
     ]
     if is_of_chunks:

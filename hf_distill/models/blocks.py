@@ -94,8 +94,8 @@ def has_encoder_and_decoder(model: nn.Module) -> bool:
 def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of a model's transformer blocks.
 
-    The blocks are the outermost `nn.ModuleList` with as many members as the config has layers; in a vision-language
-    model, that of its language model.
+    The blocks are the outermost `nn.ModuleList` with as many members as the config has layers, with attention if there
+    are several such lists; in a vision-language model, that of its language model.
 
     Args:
         model: a transformers model.
@@ -116,6 +116,8 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     if len(matches) > 1 and which is None and not inner.config.is_encoder_decoder and hasattr(inner, "get_decoder"):
         of_language_model = [*dict(_outermost_lists(inner.get_decoder())).values()]
         matches = {name: found for name, found in matches.items() if any(found is one for one in of_language_model)}
+    if len(matches) > 1:  # such as the convolutions of a speech model, or the parametrizations of a weight
+        matches = {name: found for name, found in matches.items() if _has_attention(found[0])} or matches
     has_both = which is None and inner.config.is_encoder_decoder and len(lists) > 1
     if len(matches) != 1 or has_both:
         names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
@@ -125,6 +127,10 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
             f"lists and their lengths: {names}."
         )
     return next(iter(matches.items()))
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return any(type(module).__name__.endswith("Attention") for module in block.modules())
 
 
 def _with_config(model: nn.Module) -> nn.Module:

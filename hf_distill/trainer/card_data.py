@@ -57,7 +57,7 @@ def trainer_card_data(
         teachers=teachers,
         objective={
             "temperature": soft_term.options.get("temperature", objective_args.loss_temperature),
-            "alpha": objective_args.alpha,
+            "alpha": soft_term.weight,
             "divergence": cast("str | dict[str, object]", objective_args.soft_loss or output_type.soft_loss),
             "hard_loss": output_type.hard_loss,
             "losses": cast(Any, objective_args.losses),

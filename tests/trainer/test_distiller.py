@@ -212,11 +212,11 @@ def test_labels_outside_the_students_vocabulary_raise_an_error():
 
 
 def test_models_without_a_distribution_raise_an_error():
-    from transformers import BertConfig, BertForTokenClassification, BertModel
+    from transformers import BertConfig, BertForPreTraining, BertForTokenClassification
 
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
-    with pytest.raises(DistillError, match="BertModel cannot be distilled without `model_type`"):
-        model_type_of(BertModel(BertConfig(**small)))
+    with pytest.raises(DistillError, match="BertForPreTraining cannot be distilled without `model_type`"):
+        model_type_of(BertForPreTraining(BertConfig(**small)))
     with pytest.raises(DistillError, match="token classifier and is configured for regression"):
         model_type_of(BertForTokenClassification(BertConfig(**small, problem_type="regression")))
 

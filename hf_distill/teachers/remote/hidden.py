@@ -218,8 +218,8 @@ class HiddenProtocol(RemoteProtocol):
             if term.loss.feature not in (None, "hidden"):
                 problems.append(
                     f"{term.name} compares features of the kind {term.loss.feature}, and `hf-distill serve` returns "
-                    "hidden states only: use a loss on hidden states (hidden_cosine, hidden_mse, hidden_relation), or a "
-                    "local teacher"
+                    "hidden states only: use a loss on them (hidden_cosine, hidden_mse, hidden_relation), or a local "
+                    "teacher"
                 )
             elif term.loss.feature and not self.depth:
                 problems.append(f"{term.name} compares hidden states of layers, and {_NO_LAYERS}")
