@@ -221,8 +221,8 @@ def test_an_answer_to_another_request_is_refused(start, tensors, text):
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        ({"name": "attention_kl"}, "returns hidden states only: use a loss on hidden states"),
-        ({"name": "value_relation"}, "returns hidden states only: use a loss on hidden states"),
+        ({"name": "attention_kl"}, "returns hidden states only: use a loss on them"),
+        ({"name": "value_relation"}, "returns hidden states only: use a loss on them"),
         ({"name": "hidden_mse", "layers": [[0, 3]]}, "teacher"),
     ],
 )
