@@ -132,7 +132,7 @@ def test_losses_on_hidden_states_read_the_layers_that_were_written(make_trainer,
         DistillError, match=r"hidden_mse needs hidden states of the layers \[2\], and the cache has \[0, 1\]"
     ):
         make_trainer(teacher=cache(tmp_path / "less", layers=[0, 1]), **options | {"losses": losses[:1]})
-    with pytest.raises(DistillError, match="attention_kl compares features of the kind attention, which no cache holds"):
+    with pytest.raises(DistillError, match="attention_kl compares features of the kind attention, which no cache"):
         make_trainer(teacher=cache(tmp_path / "cache", layers=[0, 1, 2]), losses=[{"name": "attention_kl"}])
 
 
