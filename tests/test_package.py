@@ -24,6 +24,7 @@ LAYERS = [
     {"data", "cache"},
     {"filters"},
     {"teachers"},
+    {"generation"},
     {"model_card"},
     {"trainer"},
     {"trl"},

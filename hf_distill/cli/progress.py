@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 if TYPE_CHECKING:
     from ..cache.writer import CacheProgress
+    from ..generation.progress import GenerationProgress
 
 _LINE_SECONDS = 30.0
 
@@ -70,6 +71,13 @@ class RichProgress(TrainerCallback):
         pace = f"{progress.tokens_per_second:,.0f} tokens/s · {progress.bytes_per_token:.1f} bytes/token"
         self._update("writing", progress.tokens, pace, "tokens", progress.seconds_left)
 
+    def update_generation(self, progress: "GenerationProgress") -> None:
+        """Show the progress of a generation."""
+        if "generating" not in self._bars:
+            self._start("generating", progress.total)
+        pace = f"{progress.tokens_per_second:,.0f} tokens/s"
+        self._update("generating", progress.completions, pace, "completions", progress.seconds_left)
+
     def _start(self, name: str, total: int | None, done: int = 0) -> None:
         self._bars[name] = self._progress.add_task(name, total=total, completed=done, losses="")
         self._starts[name] = self._clock(), done
@@ -80,7 +88,7 @@ class RichProgress(TrainerCallback):
         """Advance a bar; without a terminal, print a line if the last one is 30 seconds old."""
         task = next(task for task in self._progress.tasks if task.id == self._bars[name])
         self._progress.update(task.id, completed=done, losses=task.fields["losses"] if losses is None else losses)
-        now, is_complete = self._clock(), name == "writing" and done == task.total
+        now, is_complete = self._clock(), name in ("writing", "generating") and done == task.total
         if self._console.is_terminal or (now - self._last_line < _LINE_SECONDS and not is_complete):
             return
         self._last_line = now

@@ -11,3 +11,4 @@ TEMPERATURE_SEARCH = "temperature.json"
 SAMPLES = "samples.json"
 CURVE = "curve.json"
 REPORT = "report.html"
+GENERATION = "generation.json"  # of a generated data set: what its completions were generated from

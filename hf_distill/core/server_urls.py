@@ -58,9 +58,11 @@ def public_host(url: str) -> str:
 
 
 def without_servers(recipe: JSONObject) -> JSONObject:
-    """Return the plain values of a recipe without the URLs and the key variables of its teachers, for publication."""
+    """Return the plain values of a recipe without the URLs and the key variables of its servers, for publication."""
     several = recipe.get("teachers")
     values = dict(recipe)
+    if "generate" in recipe:
+        values["generate"] = _without_server(recipe["generate"])
     if "teacher" in recipe:
         values["teacher"] = _without_server(recipe["teacher"])
     if isinstance(several, list):

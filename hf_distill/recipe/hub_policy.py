@@ -84,7 +84,7 @@ def policy_violations(recipe: Recipe) -> list[str]:
     Args:
         recipe: The validated recipe, before the overrides of the user.
     """
-    problems = [*_models(recipe), *_data(recipe)]
+    problems = [*_models(recipe), *_data(recipe), *_generation(recipe)]
     problems += _train(recipe.train.model_dump(exclude_unset=True), "train")
     for number, stage in enumerate(recipe.stages, 1):
         problems += _train(stage.train, f"stages.{number}.train")
@@ -161,6 +161,15 @@ def _teacher(spec: TeacherSpec, location: str) -> Iterator[str]:
         yield from _deepspeed(spec.deepspeed, f"{location}.deepspeed")
     if isinstance(spec.device_map, dict) and "disk" in spec.device_map.values():
         yield f"{location}.device_map: offloading to disk is not allowed in an untrusted recipe"
+
+
+def _generation(recipe: Recipe) -> Iterator[str]:
+    for name in SERVER_KEYS if recipe.generate else ():
+        if getattr(recipe.generate, name) is not None:
+            yield (
+                f"generate.{name}: an untrusted recipe may not name a server or a key, because the prompts are sent to "
+                f"the server; pass generate.{name}=... on the command line"
+            )
 
 
 def _why_not_public(name: str, packaged: re.Pattern[str]) -> str | None:

@@ -14,6 +14,7 @@ from ..core.teacher_kinds import TRAINABLE_KINDS, incompatible_teachers
 from ..errors import did_you_mean
 from .cross_tokenizer import cross_tokenizer_problems
 from .data import Data, OnPolicy
+from .generation import Generation
 from .losses import Distill, LossSpec, packaged_schema
 from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
@@ -147,6 +148,11 @@ class Recipe(StrictModel):
     on_policy: OnPolicy | None = Field(
         None,
         description="On-policy distillation: the student trains on completions that it generates. Default (null): off.",
+    )
+    generate: Generation | None = Field(
+        None,
+        description="How `hf-distill generate` lets the teacher complete the prompts of data. `hf-distill run` does not "
+        "use it. Default (null): the defaults of its keys.",
     )
     train: Train = Field(description="The training arguments.")
     control: Literal["sft", "direct"] | None = Field(

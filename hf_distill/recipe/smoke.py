@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.json_types import JSON, JSONObject
 from ..core.references import SMOKE_PREFIX, is_file
 from ..errors import DistillError
+from .generation import SERVER_OPTIONS
 from .schema import Recipe
 from .tasks import TASKS, TaskKeys
 
@@ -76,7 +77,9 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     prompted = [teacher for teacher in teachers if teacher.get("prompt")]
     for teacher in prompted:  # the columns of another template may not exist, and it may fill a row of bytes
         teacher["prompt"] = "Note: {prompt}"
-    if values.get("on_policy") or prompted:
+    if generate := values.get("generate"):
+        _shrink_generation(generate)
+    if values.get("on_policy") or prompted or generate is not None:
         text, length = "package:builtins", 128
     if values.get("on_policy"):
         values["on_policy"] |= {"max_completion_length": 8, "vllm": None}
@@ -86,6 +89,13 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     }
     _shrink_train(train)
     return values
+
+
+def _shrink_generation(generate: dict[str, Any]) -> None:
+    """Reduce a generation to a few short completions of the tiny teacher, which needs no server."""
+    for name in (*SERVER_OPTIONS, "batching"):
+        generate.pop(name, None)
+    generate |= {"backend": "transformers", "max_new_tokens": 8, "max_prompts": 8, "batch_size": 4}
 
 
 def _task_smoke_values(values: dict[str, Any], task: TaskKeys) -> JSONObject:

@@ -1,0 +1,82 @@
+"""The rows of a generated data set: prompts joined with their completions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ..data.conversations import ASSISTANT
+from ..errors import DistillError
+from .completion import Completion
+from .prompts import REFERENCE, SourceRow
+from .reasoning import split_reasoning, starts_inside
+
+REASONING = "reasoning"
+COLUMNS = ("prompt", "completion", "source", "row", "sample", "finish_reason", "tokens", "logprob", REASONING, REFERENCE)
+
+
+def make_rows(
+    sources: Sequence[SourceRow],
+    completions: Sequence[Completion],
+    reasoning: str,
+    tags: tuple[str, str],
+    opened: Mapping[int, bool],
+) -> list[dict[str, Any]]:
+    """Join prompts with their completions.
+
+    Args:
+        sources: the prompts; their index is their position.
+        completions: the completions.
+        reasoning: "keep", "remove" or "column"; see `Generation.reasoning`.
+        tags: tags before and after the reasoning.
+        opened: index of a prompt -> whether its rendered text ends with the first tag.
+
+    Returns:
+        a mapping of columns for each completion. A completion of a conversation is a list of one message.
+    """
+    by_index = {source.prompt.index: source for source in sources}
+    rows = []
+    for each in completions:
+        source = by_index[each.index]
+        is_open = opened.get(each.index, False)
+        thoughts, answer = split_reasoning(each.text, tags, is_open)
+        if reasoning == "keep":  # the prompt of the data set does not contain the tag that the template adds
+            answer = f"{tags[0]}\n{each.text}" if starts_inside(each.text, tags, is_open) else each.text
+        is_text = isinstance(source.prompt.content, str)
+        row: dict[str, Any] = {
+            "prompt": source.prompt.content,
+            "completion": answer if is_text else [{"role": ASSISTANT, "content": answer}],
+            "source": source.prompt.source,
+            "row": source.prompt.row,
+            "sample": each.sample,
+            "finish_reason": each.finish_reason,
+            "tokens": each.tokens,
+            "logprob": each.log_prob,
+        }
+        if reasoning == "column":
+            row[REASONING] = thoughts
+        if source.reference is not None:
+            row[REFERENCE] = source.reference
+        rows.append({**{k: v for k, v in source.columns.items() if k not in row}, **row})
+    return rows
+
+
+def make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return rows as a table: the columns of `COLUMNS` first; a column that a row does not have is null.
+
+    Raises:
+        DistillError: a column has values of several types.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    ordered = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
+    columns = {}
+    for name in ordered:
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DistillError(
+                f"The column {name!r} has values of several types ({error}), which one data set cannot hold. Sources "
+                "with texts and sources with conversations need separate data sets, or generate.chat: true, which "
+                "makes conversations of texts; other columns can be removed from the source."
+            ) from None
+    return pa.table(columns)

@@ -1,0 +1,143 @@
+"""`CompletionStore`: completions of a data set on disk, in parts that are complete or absent.
+
+    DIR/generation.json            what the completions were generated from
+    DIR/.completions/part-N.parquet    the completions of a part, before any filter
+    DIR/data/train-*.parquet       the data set, written when all parts are there
+    DIR/README.md                  its card
+
+A part is written to a temporary file, flushed and renamed. A process that is killed at any time therefore leaves
+complete parts only, and the next one generates the missing parts. Libraries ignore folders whose names begin with a
+dot, so an unfinished data set cannot be trained on.
+"""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..core.files import atomic_path, flush, write_atomic
+from ..core.io import damage_reported, read_json, write_json
+from ..core.json_types import JSONObject
+from ..core.run_files import GENERATION
+from ..errors import DistillError
+from .completion import Completion, Part
+
+PARTS, DATA, CARD = ".completions", "data", "README.md"
+_ROWS_PER_FILE = 100_000
+_SCHEMA = pa.schema(
+    {
+        "index": pa.int64(),
+        "sample": pa.int64(),
+        "text": pa.string(),
+        "finish_reason": pa.string(),
+        "tokens": pa.int64(),
+        "log_prob": pa.float64(),
+    }
+)
+
+
+class CompletionStore:
+    """The folder of a generated data set.
+
+    Args:
+        folder: the folder.
+        identity: what determines the completions: model, settings and prompts.
+        parts: all parts of the data set.
+    """
+
+    def __init__(self, folder: Path, identity: JSONObject, parts: Sequence[Part]):
+        self.folder, self.identity, self.parts = folder, identity, parts
+
+    def open(self, resume: bool) -> list[Part]:
+        """Create or continue the folder, and return the parts that are missing.
+
+        Raises:
+            DistillError: the folder holds other files, completions of another recipe, or completions without `resume`.
+        """
+        file = self.folder / GENERATION
+        stored = read_json(file)
+        if not stored:
+            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+                raise DistillError(
+                    f"{self.folder} contains other files than a generated data set: give an empty or new folder."
+                )
+            (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
+            write_json(file, {"identity": self.identity})
+            flush(self.folder)
+        elif stored.get("identity") != self.identity:
+            raise DistillError(
+                f"{self.folder} holds completions of another recipe or data: {_difference(stored, self.identity)}. "
+                "Restore these values, or give another folder."
+            )
+        elif not resume:
+            done = len(self.parts) - len(self.missing())
+            raise DistillError(
+                f"{self.folder} holds {done} of {len(self.parts)} parts of this data set: pass --resume to generate "
+                "the missing ones, or give another folder."
+            )
+        (self.folder / PARTS).mkdir(exist_ok=True)
+        return self.missing()
+
+    def missing(self) -> list[Part]:
+        """Return the parts that are not on the disk."""
+        return [part for part in self.parts if not self._file(part).is_file()]
+
+    def write(self, part: Part, completions: Iterable[Completion]) -> None:
+        """Write the completions of a part, in the order of its requests.
+
+        Raises:
+            ValueError: they are not exactly those that the part requests.
+        """
+        expected = [(request.prompt.index, request.sample) for request in part.requests]
+        by_key = {(each.index, each.sample): each for each in completions}
+        if sorted(by_key) != sorted(expected):
+            raise ValueError(f"part {part.number} has {len(by_key)} of {len(expected)} completions")
+        rows = [asdict(by_key[key]) for key in expected]
+        with atomic_path(self._file(part)) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+
+    def read(self) -> list[Completion]:
+        """Return all completions, in the order of prompts and samples.
+
+        Raises:
+            DistillError: a file is damaged.
+        """
+        completions = list[Completion]()
+        for part in self.parts:
+            with damage_reported(self._file(part)):
+                completions += [Completion(**row) for row in pq.read_table(self._file(part)).to_pylist()]
+        return completions
+
+    def publish(self, table: pa.Table, card: str) -> None:
+        """Write the data set and its card in place of those that are there.
+
+        A process that is killed in between leaves the completions, from which the next one writes them again.
+        """
+        data, new, old = self.folder / DATA, self.folder / f".{DATA}.new", self.folder / f".{DATA}.old"
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir()
+        starts = range(0, max(table.num_rows, 1), _ROWS_PER_FILE)
+        for number, start in enumerate(starts):
+            file = new / f"train-{number:05d}-of-{len(starts):05d}.parquet"
+            pq.write_table(table.slice(start, _ROWS_PER_FILE), file)
+            flush(file)
+        if data.is_dir():
+            data.replace(old)
+        new.replace(data)
+        write_atomic(self.folder / CARD, card)
+        flush(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _file(self, part: Part) -> Path:
+        return self.folder / PARTS / f"part-{part.number:06d}.parquet"
+
+
+def _difference(stored: JSONObject, identity: JSONObject) -> str:
+    old = stored.get("identity")
+    old = old if isinstance(old, dict) else {}
+    keys = [key for key in {**old, **identity} if old.get(key) != identity.get(key)]
+    return "; ".join(f"{key} is {identity.get(key)!r} here and {old.get(key)!r} there" for key in keys)

@@ -1,0 +1,144 @@
+"""The `generate` section of a recipe: how the teacher completes the prompts of the data. Imports no torch."""
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ..core.server_urls import server_urls
+from ..core.strict_model import Name, StrictModel
+from ..errors import DistillError
+
+SERVER_OPTIONS = ("url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds")
+_LOCAL_OPTIONS = ("batching", "batch_size")
+
+
+class Generation(StrictModel):
+    """Sequence-level distillation: `hf-distill generate` lets the teacher complete the prompts of all sources.
+
+    Sources must have the columns `messages` or `prompt`.
+    """
+
+    backend: Literal["transformers", "server", "vllm"] = Field(
+        "transformers",
+        description="What generates. transformers: the teacher of the recipe, in this process. server: servers with an "
+        "OpenAI-compatible API, such as vLLM and SGLang. vllm: the teacher of the recipe with vLLM in this process, "
+        "which needs a GPU. Default: transformers.",
+    )
+    samples: int = Field(1, gt=0, description="Number of completions of each prompt, at least 1. Default: 1.")
+    temperature: float = Field(
+        1.0, ge=0, description="Temperature at which the teacher samples, at least 0; 0 is greedy. Default: 1."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: top-p above 0 and at most 1. Default: 1.")
+    max_new_tokens: int = Field(512, gt=0, description="Largest number of tokens of a completion. Default: 512.")
+    stop: list[str] = Field(
+        default_factory=list,
+        description="Texts at which a completion ends; they are not part of it. Default: none, only end-of-text tokens.",
+    )
+    system_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="System message that the teacher reads before each conversation without one. It is not part of the "
+        "data set. Default (null): none.",
+    )
+    chat: bool = Field(
+        False,
+        description="Send prompts that are texts as a user's turn; otherwise the teacher continues the text. "
+        "Default: false.",
+    )
+    reasoning: Literal["keep", "remove", "column"] = Field(
+        "keep",
+        description="The reasoning that a model writes between reasoning_tags before its answer. keep: it is part of "
+        "the completion. remove: it is removed. column: it is moved to the column reasoning. Default: keep.",
+    )
+    reasoning_tags: tuple[str, str] = Field(
+        ("<think>", "</think>"),
+        description="Tags before and after the reasoning. Default: [<think>, </think>].",
+    )
+    log_probs: bool = Field(
+        True,
+        description="Record the mean log-probability of the tokens of each completion in the column logprob. "
+        "Default: true.",
+    )
+    overflow: Literal["error", "drop"] = Field(
+        "error",
+        description="Backends transformers and vllm: whether a prompt that does not fit into the context together with "
+        "max_new_tokens is an error, or is dropped. Default: error.",
+    )
+    max_prompts: int | None = Field(
+        None, gt=0, description="Number of prompts of each source, from its beginning. Default (null): all prompts."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the sampling. Default: 0.")
+    prompts_per_part: int = Field(
+        256,
+        gt=0,
+        description="Number of prompts whose completions are written together; an interruption loses at most the parts "
+        "that are running. Default: 256.",
+    )
+    batching: Literal["continuous", "padded"] = Field(
+        "continuous",
+        description="Backend transformers: continuous batching, or padded batches of prompts of similar length, which "
+        "all models support. Default: continuous.",
+    )
+    batch_size: int = Field(
+        64,
+        gt=0,
+        description="Backends transformers and vllm: largest number of completions that are generated at the same "
+        "time. Default: 64.",
+    )
+    url: str | list[str] | None = Field(
+        None,
+        description="Backend server: URL, such as http://127.0.0.1:8000, or several of servers of the same model. A URL "
+        "must not contain a key.",
+    )
+    model: Name | None = Field(
+        None, description="Backend server: id of the served model. Default (null): the only model that is served."
+    )
+    api_key_env: Name | None = Field(
+        None,
+        description="Backend server: name of the environment variable that holds the API key. Default (null): "
+        "HF_DISTILL_TEACHER_API_KEY, if it is set.",
+    )
+    concurrency: int | None = Field(
+        None, gt=0, description="Backend server: largest number of requests in flight. Default (null): 16."
+    )
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Backend server: seconds without a byte of the answer until a request counts as failed. Default "
+        "(null): 120.",
+    )
+    retry_seconds: float | None = Field(
+        None, ge=0, description="Backend server: seconds for which a failed request is repeated. Default (null): 300."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None:
+            try:
+                server_urls(value)
+            except DistillError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("stop", "reasoning_tags")
+    @classmethod
+    def _check_texts(cls, value: list[str] | tuple[str, str]) -> list[str] | tuple[str, str]:
+        if not all(value):
+            raise ValueError("the texts must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        problems = []
+        is_server = self.backend == "server"
+        other = _LOCAL_OPTIONS if is_server else SERVER_OPTIONS
+        if self.backend == "vllm":
+            other = (*other, "batching")
+        if wrong := [name for name in other if name in self.model_fields_set and getattr(self, name) is not None]:
+            problems.append(f"backend {self.backend} does not use {', '.join(wrong)}: remove it")
+        if self.samples > 1 and not self.temperature:
+            problems.append("temperature 0 gives the same completion each time: set samples to 1, or raise temperature")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
