@@ -11,7 +11,20 @@ from typer.main import get_command
 from ..core.escape import printable
 from ..errors import DistillError, RunError
 from .app import app
-from .commands import cache, curve, diagnose, generate, inspect, publish, recipes, report, retention, run, serve, temperature  # noqa: F401  each adds its commands to the app
+from .commands import (  # noqa: F401  each adds its commands to the app
+    cache,
+    curve,
+    diagnose,
+    generate,
+    inspect,
+    publish,
+    recipes,
+    report,
+    retention,
+    run,
+    serve,
+    temperature,
+)
 from .quiet import add_verbose, silence_other_packages
 from .terminal import TextConsole
 

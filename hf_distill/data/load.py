@@ -17,7 +17,7 @@ from ..core.run_files import GENERATION
 from ..errors import DistillError, did_you_mean
 from ..hub import fetch, line_of, parse_uri, reading
 from .formats import MESSAGES, TEXT, format_of
-from .local_files import read_file, readable
+from .local_files import read_file, read_generated, readable
 from .smoke_data import SMOKE_BUILDERS
 
 Examples: TypeAlias = Dataset | IterableDataset
@@ -108,10 +108,8 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Examples 
         if split not in splits:
             raise DistillError(f"{path} has no split {split!r}{did_you_mean(split, splits)}")
         return splits[split]
-    if (local_path / GENERATION).is_file() and not (local_path / "data").is_dir():
-        raise DistillError(
-            f"{path} is an unfinished data set of `hf-distill generate`: run that command with --resume first."
-        )
+    if (local_path / GENERATION).is_file():
+        return read_generated(local_path, streaming)
     with reading(f"The data set {path}"):
         try:
             return cast(Examples, load_dataset(path, name, split=split, streaming=streaming, revision=revision))

@@ -44,6 +44,25 @@ def read_file(path: str, streaming: bool) -> Dataset | IterableDataset | None:
         return data
 
 
+def read_generated(folder: Path, streaming: bool) -> Dataset | IterableDataset:
+    """Return the examples of a data set of `hf-distill generate`.
+
+    Its files are read by name: `datasets` recognizes a folder with a card by the names of its files only, and would
+    return the rows of an earlier data set from its cache.
+
+    Raises:
+        DistillError: the data set is unfinished, or a file cannot be read.
+    """
+    files = sorted(str(file) for file in (folder / "data").glob("*.parquet"))
+    if not files:
+        raise DistillError(
+            f"{folder} is an unfinished data set of `hf-distill generate`: run that command with --resume first."
+        )
+    with readable(files[0]):
+        data = load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    return cast(Dataset | IterableDataset, data)
+
+
 def _load(path: str, streaming: bool) -> Dataset | IterableDataset:
     suffix = Path(path).suffix
     options = _options(Path(path), suffix)

@@ -72,9 +72,13 @@ def render_card(facts: CardFacts) -> str:
     )
     sections = [
         _table("Counts", ("", ""), [(name, f"{value:,}") for name, value in facts.counts.items()]),
-        _table("Prompts", ("source", "prompts"), [(markdown(name), f"{count:,}") for name, count in facts.sources.items()]),
+        _table(
+            "Prompts", ("source", "prompts"), [(markdown(name), f"{count:,}") for name, count in facts.sources.items()]
+        ),
         _table("Settings", ("key", "value"), [(key, markdown(value)) for key, value in facts.settings.items()]),
-        _table("Columns", ("column", "content"), [(markdown(c), _COLUMNS.get(c, "of the source")) for c in facts.columns]),
+        _table(
+            "Columns", ("column", "content"), [(markdown(c), _COLUMNS.get(c, "of the source")) for c in facts.columns]
+        ),
     ]
     if facts.filters:
         names = [*facts.filters[0]]
@@ -85,4 +89,3 @@ def render_card(facts: CardFacts) -> str:
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
-

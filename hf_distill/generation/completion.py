@@ -97,7 +97,9 @@ def make_parts(prompts: Sequence[Prompt], samples: int, seed: int, prompts_per_p
     parts = []
     for number, start in enumerate(range(0, len(prompts), prompts_per_part)):
         group = prompts[start : start + prompts_per_part]
-        requests = [Request(p, sample, _seed(seed, "request", p.index, sample)) for p in group for sample in range(samples)]
+        requests = [
+            Request(p, sample, _seed(seed, "request", p.index, sample)) for p in group for sample in range(samples)
+        ]
         parts.append(Part(number, _seed(seed, "part", number), tuple(requests)))
     return parts
 

@@ -12,7 +12,18 @@ from .prompts import REFERENCE, SourceRow
 from .reasoning import split_reasoning, starts_inside
 
 REASONING = "reasoning"
-COLUMNS = ("prompt", "completion", "source", "row", "sample", "finish_reason", "tokens", "logprob", REASONING, REFERENCE)
+COLUMNS = (
+    "prompt",
+    "completion",
+    "source",
+    "row",
+    "sample",
+    "finish_reason",
+    "tokens",
+    "logprob",
+    REASONING,
+    REFERENCE,
+)
 
 
 def make_rows(

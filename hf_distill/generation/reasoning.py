@@ -40,7 +40,7 @@ def starts_inside(text: str, tags: tuple[str, str], is_open: bool = False) -> bo
     if text.lstrip().startswith(first):
         return False
     before, end, _ = text.partition(last)
-    return is_open or bool(end) and first not in before
+    return is_open or (bool(end) and first not in before)
 
 
 def ends_with_open_tag(prompt: str, tags: tuple[str, str]) -> bool:

@@ -60,7 +60,9 @@ class CompletionStore:
         file = self.folder / GENERATION
         stored = read_json(file)
         if not stored:
-            if self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+            leftover = f"{GENERATION}.half"  # of a process that was killed while it wrote the file
+            names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+            if any(name != leftover and not name.startswith(".") for name in names):
                 raise DistillError(
                     f"{self.folder} contains other files than a generated data set: give an empty or new folder."
                 )

@@ -32,7 +32,7 @@ class Generation(StrictModel):
     max_new_tokens: int = Field(512, gt=0, description="Largest number of tokens of a completion. Default: 512.")
     stop: list[str] = Field(
         default_factory=list,
-        description="Texts at which a completion ends; they are not part of it. Default: none, only end-of-text tokens.",
+        description="Texts at which a completion ends; they are not part of it. Default: none.",
     )
     system_prompt: str | None = Field(
         None,
@@ -87,8 +87,8 @@ class Generation(StrictModel):
     )
     url: str | list[str] | None = Field(
         None,
-        description="Backend server: URL, such as http://127.0.0.1:8000, or several of servers of the same model. A URL "
-        "must not contain a key.",
+        description="Backend server: URL, such as http://127.0.0.1:8000, or several of servers of the same model. A "
+        "URL must not contain a key.",
     )
     model: Name | None = Field(
         None, description="Backend server: id of the served model. Default (null): the only model that is served."

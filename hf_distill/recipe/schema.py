@@ -151,8 +151,8 @@ class Recipe(StrictModel):
     )
     generate: Generation | None = Field(
         None,
-        description="How `hf-distill generate` lets the teacher complete the prompts of data. `hf-distill run` does not "
-        "use it. Default (null): the defaults of its keys.",
+        description="How `hf-distill generate` lets the teacher complete the prompts of data. `hf-distill run` does "
+        "not use it. Default (null): the defaults of its keys.",
     )
     train: Train = Field(description="The training arguments.")
     control: Literal["sft", "direct"] | None = Field(

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -90,7 +91,7 @@ def generate_data(
         raise DistillError(f"A data set is generated into a local folder, and -o is {folder}: give a folder.")
     if env_world_size() > 1:
         raise DistillError("`hf-distill generate` runs in one process: start it without a launcher.")
-    options = recipe.generate or Generation()
+    options = recipe.generate or Generation.model_validate({})
     on_stage("Reading the prompts")
     sources = read_prompts(recipe, options)
     with lock_folder(Path(folder), "a generation"):
@@ -221,11 +222,11 @@ def _load_model(spec: TeacherSpec, config: Any) -> PreTrainedModel:
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"device_map": spec.device_map} if spec.device_map else direct_loading(device)
     if spec.quantization:
-        options["quantization_config"] = quantization_config(
-            spec.quantization, dtype_of(config, {"dtype": spec.dtype})
-        )
+        options["quantization_config"] = quantization_config(spec.quantization, dtype_of(config, {"dtype": spec.dtype}))
     model = load_pretrained(AutoModelForCausalLM, str(spec.loaded_model), dtype=spec.dtype, **options)
-    return model if spec.device_map or spec.quantization else model.to(device)
+    if not (spec.device_map or spec.quantization):
+        cast(nn.Module, model).to(device)
+    return model
 
 
 def _generate(

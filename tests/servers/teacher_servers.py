@@ -170,6 +170,63 @@ class VLLMServer(TeacherServer):
         }
 
 
+class CompletionServer(TeacherServer):
+    """`/v1/completions` and `/v1/chat/completions` of an OpenAI-compatible server.
+
+    separates_reasoning: whether chat completions have reasoning, in a field of its own
+    has_log_probs:       whether answers have log-probabilities
+    """
+
+    separates_reasoning, has_log_probs = False, True
+
+    def answer(self, path, body):
+        if path not in ("/v1/completions", "/v1/chat/completions"):
+            return super().answer(path, body)
+        if body["model"] != self.name:
+            raise Refused(404, f"The model `{body['model']}` does not exist.")
+        is_chat = path == "/v1/chat/completions"
+        prompt = (
+            self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            if is_chat
+            else body["prompt"]
+        )
+        ids = self.tokenizer(prompt)["input_ids"]
+        self.check_ids(ids, body["max_tokens"])
+        new, values, reason = self._sample(ids, body)
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        for stop in body.get("stop", ()):
+            text = text.partition(stop)[0]
+        choice = {"index": 0, "finish_reason": reason, "logprobs": None}
+        if is_chat:
+            choice["message"] = {"role": "assistant", "content": text}
+            if self.separates_reasoning:
+                choice["message"]["reasoning_content"] = "thoughts"
+            if body.get("logprobs") and self.has_log_probs:
+                choice["logprobs"] = {"content": [{"token": "", "logprob": value} for value in values]}
+        else:
+            choice["text"] = text
+            if body.get("logprobs") is not None and self.has_log_probs:
+                choice["logprobs"] = {"token_logprobs": values}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
+        return {"id": "1", "model": self.name, "choices": [choice], "usage": usage}
+
+    def _sample(self, ids, body):
+        generator = torch.Generator().manual_seed(body["seed"])
+        new, values, reason = [], [], "length"
+        while len(new) < body["max_tokens"] and reason == "length":
+            log_probs = self.log_probs(ids + new)[-1]
+            if body["temperature"]:
+                probs = torch.softmax(log_probs / body["temperature"], -1)
+                new.append(int(torch.multinomial(probs, 1, generator=generator)))
+            else:
+                new.append(int(log_probs.argmax()))
+            values.append(float(log_probs[new[-1]]))
+            text = self.tokenizer.decode(new)
+            if new[-1] == self.tokenizer.eos_token_id or any(stop in text for stop in body.get("stop", ())):
+                reason = "stop"
+        return new, values, reason
+
+
 class SGLangServer(TeacherServer):
     """`/generate` of SGLang with `return_logprob`."""
 

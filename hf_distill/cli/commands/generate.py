@@ -13,7 +13,9 @@ def generate(
     recipe: Recipe,
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the data set.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Generate the parts that are missing in the folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Generate the parts that are missing in the folder.")
+    ] = False,
     smoke: Smoke = False,
     yes: Yes = False,
     trust_remote_code: Annotated[

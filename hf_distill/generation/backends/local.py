@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import (
@@ -11,8 +12,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StopStringCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from ...core.json_types import JSONObject
@@ -96,7 +97,7 @@ class TransformersBackend:
         pad = self.tokenizer.pad_token_id
         return GenerationConfig(
             max_new_tokens=self.settings.max_new_tokens,
-            eos_token_id=self.eos_ids or None,
+            eos_token_id=sorted(self.eos_ids) or None,
             pad_token_id=pad if pad is not None else next(iter(self.eos_ids), 0),
             **sampling,
         )
@@ -243,7 +244,7 @@ class _LogProbRecorder(LogitsProcessor):
     """
 
     def __init__(self, width: int):
-        self.width, self._last = width, None
+        self.width, self._last = width, cast(torch.Tensor | None, None)
         self._values: list[torch.Tensor] = []  # [B] for each generated token but the last
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -268,4 +269,3 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     ids = getattr(model.generation_config, "eos_token_id", None)
     found = {ids} if isinstance(ids, int) else {*(ids or ())}
     return {int(each) for each in {*found, tokenizer.eos_token_id} if each is not None}
-

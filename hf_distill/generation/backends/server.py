@@ -131,7 +131,9 @@ class ServerBackend:
             return f"{error}."
         where = f"The request for data.{request.prompt.source}, row {request.prompt.row}, was refused"
         if "context" in error.message.lower():
-            return f"{where}: {error}. Lower generate.max_new_tokens, or start the server with a longer --max-model-len."
+            return (
+                f"{where}: {error}. Lower generate.max_new_tokens, or start the server with a longer --max-model-len."
+            )
         if "logprob" in error.message.lower():
             return f"{where}: {error}. Set generate.log_probs to false, if the server returns no log-probabilities."
         return f"{where}: {error}."

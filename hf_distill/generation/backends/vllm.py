@@ -5,7 +5,7 @@ from typing import Any
 
 from ...core.json_types import JSONObject
 from ...errors import require_package
-from ..completion import Completion, Part, Request, SamplingSettings
+from ..completion import Completion, FinishReason, Part, Request, SamplingSettings
 
 
 class VLLMBackend:
@@ -75,5 +75,5 @@ class VLLMBackend:
         tokens = len(choice.token_ids)
         total = choice.cumulative_logprob if self.settings.log_probs else None
         mean = None if total is None or not tokens else float(total) / tokens
-        reason = "stop" if choice.finish_reason == "stop" else "length"
+        reason: FinishReason = "stop" if choice.finish_reason == "stop" else "length"
         return Completion(request.prompt.index, request.sample, choice.text, reason, tokens, mean)

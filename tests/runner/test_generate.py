@@ -1,0 +1,202 @@
+"""`hf-distill generate`: from a recipe to a data set that a run trains on as it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from servers.teacher_servers import CompletionServer
+from tiny import build
+
+from hf_distill.core.targets import IGNORE_INDEX
+from hf_distill.data import load_examples
+from hf_distill.errors import DistillError
+from hf_distill.generation.backends import local
+from hf_distill.recipe.load import load_recipe
+from hf_distill.recipe.smoke import byte_tokenizer
+from hf_distill.runner.generate import generate_data
+from hf_distill.runner.model_loading import resolve_model
+from hf_distill.runner.tasks import task_of
+
+CONVERSATIONS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": f"answer {i}"},
+            {"role": "user", "content": "and then?"},
+            {"role": "assistant", "content": f"reference {i}"},
+        ],
+        "level": i,
+    }
+    for i in range(5)
+]
+TEXTS = [{"prompt": f"text {i}", "completion": f" reference {i}"} for i in range(5)]
+
+
+@pytest.fixture
+def recipe_of(tmp_path):
+    """`recipe_of(rows, samples=2)`: a recipe with tiny models, data and a section `generate`."""
+
+    def make(rows, name="data", changes=(), **generate):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {
+            "student": {"model": "smoke:llama/student"},
+            "teacher": {"model": "smoke:llama/teacher"},
+            "data": {"task": {"path": str(file)}, "eval": {"holdout": 0.2}, "max_length": 256},
+            "generate": {"max_new_tokens": 6, "prompts_per_part": 2, "batching": "padded", **generate},
+            "train": {"output_dir": str(tmp_path / "run"), "max_steps": 1, "use_cpu": True},
+        }
+        values["generate"] = {key: value for key, value in values["generate"].items() if value is not None}
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump(values))
+        return load_recipe(str(recipe), list(changes))
+
+    return make
+
+
+def rows_of(folder) -> list[dict]:
+    return list(load_examples(str(folder)))
+
+
+@pytest.mark.parametrize("rows", [CONVERSATIONS, TEXTS], ids=["conversations", "texts"])
+def test_a_run_trains_on_the_completions_and_on_nothing_else(rows, recipe_of, tmp_path):
+    recipe = recipe_of(rows, samples=2)
+    data = generate_data(recipe, str(tmp_path / "out"))
+    generated = rows_of(data.folder)
+    assert data.completions == len(generated) == 10
+    assert [(row["row"], row["sample"]) for row in generated] == [(i, j) for i in range(5) for j in range(2)]
+    assert [row["reference"].strip() for row in generated[::2]] == [f"reference {i}" for i in range(5)]
+    if rows is CONVERSATIONS:
+        assert generated[0]["prompt"] == CONVERSATIONS[0]["messages"][:3]
+        assert [row["level"] for row in generated[::2]] == [*range(5)]
+    trained = recipe_of(rows, changes=[f"data.task.path={data.folder}"])
+    task = task_of(trained)
+    tokenizer = task.load_processor()
+    prepared = task.prepare_data(tokenizer, 0, 1)
+    for row in prepared.train:
+        target = tokenizer.decode([i for i in row["labels"] if i != IGNORE_INDEX], skip_special_tokens=True)
+        assert target in [row["completion"] if rows is TEXTS else row["completion"][0]["content"] for row in generated]
+    assert len(prepared.train) == 8
+
+
+def test_an_interrupted_generation_resumes_to_the_same_rows(recipe_of, tmp_path, monkeypatch):
+    recipe = recipe_of(CONVERSATIONS, samples=2, temperature=0.8)
+    generate_data(recipe, str(tmp_path / "whole"))
+    generated_parts = []
+    complete = local.TransformersBackend.complete
+
+    def interrupted(self, parts, on_tokens):
+        for part, completions in complete(self, parts, on_tokens):
+            if len(generated_parts) == 2:
+                raise KeyboardInterrupt
+            generated_parts.append(part.number)
+            yield part, completions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local.TransformersBackend, "complete", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate_data(recipe, str(tmp_path / "out"))
+    with pytest.raises(DistillError, match=r"unfinished data set of `hf-distill generate`.*--resume"):
+        rows_of(tmp_path / "out")
+    progress = []
+    generate_data(recipe, str(tmp_path / "out"), resume=True, on_progress=progress.append)
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole")
+    assert generated_parts == [0, 1]
+    assert (progress[0].completions, progress[-1].completions, progress[-1].total) == (10, 10, 10)
+    with pytest.raises(
+        DistillError, match=r"of another recipe or data: generate.temperature is 0.7 here and 0.8 there"
+    ):
+        generate_data(recipe_of(CONVERSATIONS, samples=2, temperature=0.7), str(tmp_path / "out"), resume=True)
+    changed = recipe_of([*CONVERSATIONS[1:], CONVERSATIONS[0]], samples=2, temperature=0.8)
+    with pytest.raises(DistillError, match=r"of another recipe or data: digest is"):
+        generate_data(changed, str(tmp_path / "out"), resume=True)
+
+
+def test_a_server_receives_the_system_prompt_and_the_data_set_does_not_contain_it(recipe_of, tmp_path):
+    tokenizer = byte_tokenizer()
+    options = {"backend": "server", "system_prompt": "Be brief.", "chat": True, "reasoning": "column"}
+    with CompletionServer(build("llama", vocab=len(tokenizer)), tokenizer=tokenizer, context=128) as server:
+        server.separates_reasoning = True
+        recipe = recipe_of(TEXTS, **options, url=server.url, batching=None)
+        data = generate_data(recipe, str(tmp_path / "out"))
+        sent = [body["messages"] for body in server.bodies("/v1/chat/completions")]
+    assert all(messages[0] == {"role": "system", "content": "Be brief."} for messages in sent)
+    rows = rows_of(data.folder)
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": f"text {i}"}] for i in range(5)]
+    assert {row["reasoning"] for row in rows} == {"thoughts"}
+    text = "".join(file.read_text() for file in (data.folder / "README.md", data.folder / "generation.json"))
+    assert server.url.removeprefix("http://") not in text
+
+
+def test_the_card_states_model_settings_and_counts(recipe_of, tmp_path):
+    data = generate_data(recipe_of(TEXTS, temperature=0.5), str(tmp_path / "out"))
+    card = (data.folder / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["configs"][0]["data_files"] == [{"split": "train", "path": "data/*.parquet"}]
+    lines = card.splitlines()
+    for line in (
+        "| prompts | 5 |",
+        "| completions | 5 |",
+        "| temperature | 0.5 |",
+        f"| generated tokens | {data.tokens} |",
+    ):
+        assert line in lines
+    assert "The license of the model may restrict the use of its outputs" in card
+
+
+@pytest.mark.parametrize(
+    ("rows", "generate", "message"),
+    [
+        ([{"text": "no prompt"}], {}, r"data.task has the columns \['text'\], and no prompts: use a source"),
+        ([{"prompt": " "}], {}, "row 0 .counted from 0., column prompt: it is empty"),
+        (TEXTS, {"system_prompt": "x"}, "system_prompt needs conversations"),
+        (TEXTS, {"max_new_tokens": 508}, "5 of 5 prompts do not fit into the context of 512 tokens"),
+        ([*TEXTS, {"prompt": "long " * 110}], {}, "1 of 6 prompts do not fit.* data.task, row 5"),
+        (TEXTS, {"backend": "server", "batching": None}, "needs a URL: pass generate.url="),
+    ],
+)
+def test_invalid_prompts_leave_no_data_set(rows, generate, message, recipe_of, tmp_path):
+    with pytest.raises(DistillError, match=message):
+        generate_data(recipe_of(rows, **generate), str(tmp_path / "out"))
+    assert not [path for path in (tmp_path / "out").glob("*") if not path.name.startswith(".")]
+
+
+def test_prompts_that_are_too_long_can_be_dropped(recipe_of, tmp_path, caplog):
+    rows = [{"prompt": "long " * 110}, *TEXTS]
+    data = generate_data(recipe_of(rows, overflow="drop"), str(tmp_path / "out"))
+    assert [row["row"] for row in rows_of(data.folder)] == [1, 2, 3, 4, 5]
+
+
+def test_a_template_without_a_generation_prompt_is_refused(recipe_of, tmp_path):
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    recipe = recipe_of(CONVERSATIONS, changes=[f"data.chat_template={template}"])
+    with pytest.raises(DistillError, match=r"row 0 .* renders no generation prompt"):
+        generate_data(recipe, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("generate", "message"),
+    [
+        ({"samples": 2, "temperature": 0}, "temperature 0 gives the same completion each time"),
+        ({"backend": "server"}, "backend server does not use batching"),
+        ({"url": "http://127.0.0.1:1"}, "backend transformers does not use url"),
+        ({"stop": [""]}, "the texts must not be empty"),
+        ({"backend": "server", "batching": None, "url": "http://u:p@host"}, "contains credentials"),
+    ],
+)
+def test_contradictions_of_the_section_are_reported(generate, message, recipe_of):
+    with pytest.raises(DistillError, match=message):
+        recipe_of(TEXTS, **generate)
+
+
+def test_the_command_writes_a_smoke_data_set(run_cli, recipe_of, tmp_path):
+    resolve_model("smoke:llama/teacher")
+    recipe_of(TEXTS, backend="server", url="http://127.0.0.1:1", batching=None, samples=2)
+    result = run_cli("generate", str(tmp_path / "data.yaml"), "-o", str(tmp_path / "out"), "--smoke")
+    assert result.returncode == 0, result.stderr
+    assert "16 completions" in result.stdout
+    assert "data.task.path=" in result.stdout
+    assert len(rows_of(tmp_path / "out")) == 16
+    assert Path(tmp_path / "out" / "README.md").is_file()
