@@ -19,8 +19,9 @@ def check_weight(value: object) -> float:
     Raises:
         DistillError: it is not a finite number of at least 0.
     """
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
-        return float(value)
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if math.isfinite(number) and number >= 0:
+        return number
     raise DistillError(
         f"column {WEIGHT}: it must be a finite number of at least 0, the factor of the losses of the row; found "
         f"{value!r}. Give every row a weight (1 leaves its losses as they are), or remove or rename the column."
@@ -35,8 +36,9 @@ def origin_index(value: object) -> int:
     """
     if isinstance(value, str) and value in ORIGINS:
         return ORIGINS.index(value)
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= value < len(ORIGINS):
-        return int(value)
+    index = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else -1
+    if 0 <= index < len(ORIGINS):
+        return index
     suggestion = did_you_mean(value, ORIGINS) if isinstance(value, str) else f"; known: {', '.join(ORIGINS)}"
     raise DistillError(
         f"column {ORIGIN}: it must be the author of the target tokens of the row; found {value!r}, which is no "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.logits import DenseLogits, LazyLogits, compute_dtype, take_rows
+from ..core.logits import DenseLogits, LazyLogits, SparseLogProbs, compute_dtype, take_rows
 from ..core.row_values import ORIGIN, ORIGINS
 from ..core.targets import Targets, true_indices
 from ..core.teacher_logits import MultiTeacherLogits, OneTeacherLogits, RoutedLogits, TeacherLogits
@@ -171,8 +171,6 @@ class OriginLoss(GroupedLoss):
     `targets.numbers` has the number of target tokens of each origin.
     """
 
-    teacher_logits: OneTeacherLogits | MultiTeacherLogits | None  # type: ignore[assignment]
-
     def groups(self) -> list[TokenGroup]:
         """Return the target tokens of each origin.
 
@@ -199,8 +197,13 @@ def _take(
 ) -> OneTeacherLogits | MultiTeacherLogits | None:
     """Return the logits of teachers for some of the target tokens."""
     if isinstance(logits, MultiTeacherLogits):
-        return MultiTeacherLogits({name: take_rows(each, tokens) for name, each in logits.by_teacher.items()})
-    return None if logits is None else take_rows(logits, tokens)
+        return MultiTeacherLogits({name: _take_one(each, tokens) for name, each in logits.by_teacher.items()})
+    return None if logits is None else _take_one(logits, tokens)
+
+
+def _take_one(logits: OneTeacherLogits, tokens: Tensor) -> OneTeacherLogits:
+    assert isinstance(logits, DenseLogits | LazyLogits | SparseLogProbs)  # by_origin needs one tokenizer
+    return take_rows(logits, tokens)
 
 
 def _shifted(on_gradient: OnGradient, start: int) -> Callable[[slice, Tensor], None]:

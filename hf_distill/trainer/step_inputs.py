@@ -87,11 +87,9 @@ class StepInputs:
         if teacher_targets is not targets:
             tokens_of_teacher = _tokens_of_teacher(feature_tokens, features.tokens(batch, teacher_targets))
         requests = features.teacher_requests(tokens_of_teacher)
-        of_tokens = {
-            name: None if values is None else targets.gather_by_row(values)
-            for name, values in (("weights", weights), ("origins", origins))
-        }
-        targets, teacher_targets = replace(targets, **of_tokens), replace(teacher_targets, **of_tokens)
+        weights, origins = (None if of is None else targets.gather_by_row(of) for of in (weights, origins))
+        targets = replace(targets, weights=weights, origins=origins)
+        teacher_targets = replace(teacher_targets, weights=weights, origins=origins)
         inputs = without_teacher_inputs(inputs, readable)
         return cls(inputs, targets, feature_tokens, batch, teacher_targets, requests)
 

@@ -103,8 +103,8 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         if getattr(args, "packing", False) and (lost := sorted(read & {*columns})):
             raise DistillError(
                 f"train_dataset has {', '.join(lost)}, which SFTTrainer's packing leaves out: set packing=False "
-                "(padding_free=True also trains without padding), use DistillTrainer with rows of `tokenize_dataset` "
-                "and `pack`, or remove the column."
+                "(padding_free=True with max_length=None also trains without padding), use DistillTrainer with rows of "
+                "`tokenize_dataset` and `pack`, or remove the column."
             )
         self._num_tokens: Tensor | int = 0
         teacher = resolve_teacher(args, teacher, kwargs.get("teachers"))

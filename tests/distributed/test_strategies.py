@@ -75,6 +75,13 @@ def test_two_ranks_train_and_evaluate_as_one_does(root, results_of_one_rank):
     assert_same_plain_folder(root / "ddp" / "straight-saved", root / "one" / "straight-saved")
 
 
+def test_weights_and_losses_by_author_on_two_ranks_equal_those_on_one(root, results_of_one_rank):
+    one, two = results_of_one_rank("row_values"), run_script(root / "row_values", 2, "row_values")
+    assert {"soft_loss_origin_teacher", "hard_loss_origin_data"} <= one["log"][0].keys()
+    assert one["log"][0]["loss"] != results_of_one_rank()["log"][0]["loss"]
+    assert_equal(two, one)
+
+
 @pytest.mark.parametrize("strategy", [(), ("zero3",)], ids=["ddp", "zero3"])
 def test_feature_losses_on_two_ranks_equal_those_on_one_and_resume_exactly(root, results_of_one_rank, strategy):
     """Under ZeRO-3 the teacher is sharded too, because the student's config is active when it is loaded."""

@@ -1,12 +1,12 @@
 """Trains a tiny student for a few steps on all ranks; rank 0 writes the results.
 
 python two_ranks.py FOLDER [features] [ema|mutual|frozen|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
-    [teacher=zero3|fsdp2] [compile] [other_tokenizer] [die|hang|nonfinite]
+    [teacher=zero3|fsdp2] [compile] [other_tokenizer] [row_values] [die|hang|nonfinite]
 
 ema, mutual, frozen, multi_view and mtp choose a non-frozen teacher. zero1 to fsdp2 choose the strategy of the student,
 `teacher=` that of the teacher. compile compiles the blocks of both models, with activation checkpointing.
-other_tokenizer gives the teacher another tokenizer. In the second step, die ends rank 1, hang stops it, and nonfinite
-makes its loss infinite.
+other_tokenizer gives the teacher another tokenizer, and row_values gives the rows weights and authors. In the
+second step, die ends rank 1, hang stops it, and nonfinite makes its loss infinite.
 Models are read from FOLDER/../models.
 """
 
@@ -44,6 +44,10 @@ STUDENT, TEACHER_MODEL = ("student-groups", "teacher-digits") if HAS_OTHER_TOKEN
 ZERO = next((v for v in variants if v.startswith("zero")), None)
 TEACHER = next((v.removeprefix("teacher=") for v in variants if v.startswith("teacher=")), None)
 TEACHER_KIND = next((v for v in variants if v in ("ema", "mutual", "frozen", "multi_view", "mtp")), None)
+BY_ORIGIN = {
+    "teacher": {"divergence": {"name": "skew_kl", "lam": 0.1}, "alpha": 0.9},
+    "student": {"divergence": "reverse_kl", "alpha": 1.0},
+}
 FEATURES = [
     {"name": "hidden_mse", "weight": 0.1},
     {"name": "hidden_cosine", "layers": "learned"},
@@ -126,6 +130,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         learning_rate=1e-2 if TEACHER_KIND else 1e-3,
         max_grad_norm=1e3 if TEACHER_KIND else 1.0,  # high, because DeepSpeed clips both models together
         alpha=0.0 if TEACHER_KIND == "mtp" else 0.5,
+        by_origin=BY_ORIGIN if "row_values" in variants else None,
         cross_tokenizer="alm" if HAS_OTHER_TOKENIZER else None,
         use_cpu=True,
         dataloader_pin_memory=False,
@@ -155,6 +160,9 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         tokenizer = AutoTokenizer.from_pretrained(models / STUDENT)
         data = {"train_dataset": text_rows(tokenizer, 32), "eval_dataset": text_rows(tokenizer, 7)}
         data |= {"processing_class": tokenizer, "data_collator": Collator(0)}
+    if "row_values" in variants:
+        values = [{"weight": torch.tensor(i % 4 / 2), "origin": torch.tensor(i % 3)} for i in range(32)]
+        data["train_dataset"] = [row | more for row, more in zip(data["train_dataset"], values, strict=True)]
     trainer = (TrainerWithInfiniteLoss if "nonfinite" in variants else DistillTrainer)(
         student,
         args,
@@ -168,7 +176,7 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
     metrics = trainer.evaluate()
     trainer.save_model(str(folder / f"{name}-saved"))
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_weight_drift")]
+    keys = [k for k in logs[0] if k.endswith("loss") or k in ("grad_norm", "teacher_weight_drift") or "_origin_" in k]
     if TEACHER_KIND in ("mutual", "frozen"):
         keys.remove("grad_norm")  # it is the student's alone, but with DeepSpeed that of both models
     return trainer, {

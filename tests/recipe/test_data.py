@@ -11,6 +11,7 @@ from hf_distill import DistillError
 from hf_distill.cli import app
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import validate
+from hf_distill.runner.datasets import prepare_data
 from hf_distill.runner.preview import preview_rows
 
 MIX = """
@@ -54,6 +55,11 @@ def values(**data):
             {"code": {"path": "x", "weight": [[0, 1], [1, 0]]}, "packing": False},
             "a weight schedule needs a known number of steps: set train.max_steps",
         ),
+        (
+            {"code": {"path": "x", "origin": "human"}},
+            "data.code.origin: Input should be 'teacher', 'student' or 'data'",
+        ),
+        ({"code": {"path": "x", "origin": "teacher"}}, "data.task has no origin, and other sources do: set origin in"),
         ({"code": {"weight": 1}}, "data.code.path: required key is missing"),
         ({"task": {"path": "x", "weight": -1}}, "data.task.weight: must be above 0"),
         ({"my code": {"path": "x"}}, "source names may contain letters, digits and _ only"),
@@ -105,6 +111,47 @@ class StopAt(TrainerCallback):
 
 SUMS = ["data.code={path: sums.jsonl, weight: 0.5}", "data.task={path: sums.jsonl, weight: 0.5}"]
 STREAM = ["data.code={path: sums.jsonl, streaming: true}", "data.eval={path: test.jsonl}"]
+
+
+@pytest.mark.parametrize("how", ["source", "column"])
+def test_weights_and_authors_of_rows_reach_the_losses(file, tmp_path, how, smollm2_tokenizer):
+    """Packed rows of two sources, of which one has weights, give the losses of each author."""
+    origin = {"task": "teacher", "code": "data"}
+    for name in origin:
+        rows = [{"prompt": f"What is {i}?", "completion": f" It is {name} {i}."} for i in range(40)]
+        if name == "task":
+            rows = [row | {"weight": 0.0 if i % 2 else 2.0} for i, row in enumerate(rows)]
+        rows = [row | {"origin": origin[name] if how == "column" else "web"} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {name: f", origin: {origin[name]}" if how == "source" else "" for name in origin}
+    overrides = [f"data.{name}={{path: {name}.jsonl{keys[name]}}}" for name in origin]
+    by_origin = "distill.by_origin={teacher: {divergence: skew_kl, alpha: 1.0}}"
+    overrides += [by_origin, f"train.output_dir={tmp_path / how}", "control=sft"]
+    data = prepare_data(load_recipe(file, overrides), smollm2_tokenizer, seed=0, count=0)
+    packed = data.collator([data.train[i] for i in range(len(data.train))])
+    source, weight, of_token = (packed[name] for name in ("source", "weight", "origin"))
+    assert torch.equal(of_token, torch.where(source == 0, 0, 2))
+    assert {*weight[source == 0].tolist()} == {0.0, 2.0}
+    assert {*weight[source == 1].tolist()} == {1.0}
+    results = run_recipe(load_recipe(file, overrides, smoke=True))
+    assert {"soft_loss_origin_teacher", "hard_loss_origin_data"} <= logs(tmp_path / how)[0].keys()
+    assert results.models["control"]["perplexity"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("distill.by_origin={techer: {alpha: 1}}", "distill.by_origin.techer"),
+        ("distill.by_origin={teacher: {}}", "distill.by_origin.teacher: set divergence, alpha, or both"),
+        ("distill.by_origin={teacher: {alpha: 2}}", "distill.by_origin.teacher.alpha"),
+        ("distill.by_origin={teacher: {divergence: forwad_kl}}", "did you mean 'forward_kl'"),
+        ("distill={by_origin: {teacher: {alpha: 1}}, cross_tokenizer: alm}", "by_origin chooses divergences on ids"),
+        ("teacher={kind: mutual, model: x/y}", "teacher.kind mutual trains the teacher by the same losses"),
+    ],
+)
+def test_wrong_losses_by_author_are_reported_with_their_key(file, override, problem):
+    with pytest.raises(DistillError, match=problem):
+        load_recipe(file, ["distill.by_origin={teacher: {alpha: 1}}", override])
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from test_distiller import gradients, teacher_of
+from test_synchronization import ONE_READ, reads_of_steps
 from tiny import build, collate, one_step, rows
 from transformers import DataCollatorWithFlattening, default_data_collator
 
@@ -328,3 +329,13 @@ def test_tokenized_rows_keep_weights_and_origins(smollm2_tokenizer):
             tokenize_dataset(Dataset.from_list(wrong), smollm2_tokenizer, 32)
     with pytest.raises(DistillError, match=r"is text, .* has the column weight, which belongs to a row"):
         tokenize_dataset(Dataset.from_list([{"text": "Some text.", "weight": 1.0}]), smollm2_tokenizer, 2)
+
+
+def test_a_step_with_weights_and_origins_reads_once_for_each_micro_batch(make_trainer):
+    data = [
+        row | {"weight": torch.tensor(0.5), "origin": torch.tensor(i % 3)} for i, row in enumerate(rows("llama", 64))
+    ]
+    options = {"max_steps": 4, "logging_steps": 100, "gradient_accumulation_steps": 2, "remove_unused_columns": False}
+    trainer = make_trainer("llama", train_dataset=data, by_origin=BY_ORIGIN, **options)
+    _, micro, _ = reads_of_steps(trainer, 2)
+    assert micro == ONE_READ

@@ -143,6 +143,36 @@ def test_only_rows_of_the_data_set_have_hard_labels(make):
     assert results == pytest.approx(naive(trainer, batch, 0.4, 2.0), rel=1e-5)
 
 
+def test_the_author_of_a_generated_completion_is_the_student_and_rows_keep_their_weights(make):
+    """The losses of each author and the weights against a naive reference."""
+    by_origin = {"student": {"divergence": "reverse_kl", "alpha": 1.0}, "teacher": {"alpha": 0.7}}
+    rows = [row | {"weight": i / 4, "origin": ("teacher", "data")[i % 2]} for i, row in enumerate(ROWS)]
+    trainer = make(
+        rows, on_policy_fraction=0.5, alpha=0.4, temperature=2.0, max_steps=1, learning_rate=0.0,
+        divergence="forward_kl", by_origin=by_origin, per_device_train_batch_size=8,
+    )  # fmt: skip
+    (batch,) = batches_of(trainer)
+    origin, weight = batch["origin"], batch["weight"][:, None]
+    assert torch.equal(origin == 1, ~batch["has_labels"])
+    assert {*origin.tolist()} == {0, 1, 2}
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
+    s, t = (
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double()
+        for model in (trainer.model, trainer.teacher.model)
+    )
+    log_s, log_t = (torch.log_softmax(logits / 2.0, -1) for logits in (s, t))
+    reverse, forward = (log_s.exp() * (log_s - log_t)).sum(-1), (log_t.exp() * (log_t - log_s)).sum(-1)
+    hard = -torch.log_softmax(s, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    hard = hard * batch["has_labels"][:, None]
+    alpha = torch.tensor([0.7, 1.0, 0.4])[origin][:, None]
+    soft = 4 * torch.where((origin == 1)[:, None], reverse, forward)
+    loss = (weight * (alpha * soft + (1 - alpha) * hard) * (labels != -100)).sum() / batch["items"]
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert log["hard_loss_origin_student"] == 0
+    assert log["soft_loss_origin_student"] > 0
+
+
 @pytest.mark.parametrize("rows", [ROWS, TEXT], ids=["messages", "text"])
 def test_without_generation_the_loss_equals_that_of_sft(make, rows):
     options = dict(max_steps=1, per_device_train_batch_size=12, alpha=0.5, temperature=2.0, divergence="js")

@@ -20,7 +20,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
-from hf_distill.data import tokenize_dataset, training_template
+from hf_distill.data import Collator, tokenize_dataset, training_template
 from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 GENERATION = (
@@ -62,6 +62,32 @@ def losses(trainer, *names):
     trainer.train()
     names = names or ("loss", "grad_norm")
     return [tuple(log[name] for name in names) for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_keep_their_weights_and_origins(make_sft, padding_free):
+    """They are compared with rows of `tokenize_dataset` in `DistillTrainer`."""
+    texts = [{"prompt": f"What is {i}?", "completion": f" It is {'very ' * (i % 3)}close to {i}."} for i in range(12)]
+    values = [{"weight": i / 4, "origin": ("teacher", "student", "data")[i % 3]} for i in range(12)]
+    rows = [text | value for text, value in zip(texts, values, strict=True)]
+    options = dict(max_steps=1, per_device_train_batch_size=12, by_origin={"student": {"divergence": "reverse_kl"}})
+    trainer = make_sft(rows, padding_free=padding_free, max_length=None, **options)
+    trainer.train()
+    data = tokenize_dataset(Dataset.from_list(rows), trainer.processing_class, 64)
+    config = DistillConfig(trainer.args.output_dir + "-plain", report_to="none", logging_steps=1, **options)
+    size = len(trainer.processing_class)
+    plain = DistillTrainer(
+        build("llama", 0, vocab=size, width=16), config, teacher=build("llama", 1, layers=3, width=24, vocab=size),
+        train_dataset=data, data_collator=Collator(0),
+    )  # fmt: skip
+    plain.train()
+    for name in ("loss", "soft_loss_origin_student", "hard_loss_origin_teacher"):
+        assert trainer.state.log_history[0][name] == pytest.approx(plain.state.log_history[0][name], rel=1e-5), name
+
+
+def test_packing_of_trl_refuses_weights_that_it_would_lose(make_sft):
+    with pytest.raises(DistillError, match="train_dataset has weight, which SFTTrainer's packing leaves out"):
+        make_sft([row | {"weight": 1.0} for row in ROWS["messages"]], packing=True, max_length=64)
 
 
 @pytest.mark.parametrize(("how", "packing"), [("no teacher", True), ("alpha 0", False)])
