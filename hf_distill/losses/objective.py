@@ -224,8 +224,9 @@ def _term(spec: dict, temperature: float, name: str | None) -> Term:
         )
     if loss.feature == EMBEDDING:
         pooling, of_teacher = (options.pop(k, v) for k, v in EMBEDDING_OPTIONS.items())
-        term = Term(loss.name, loss, weight, options, None, EMBEDDING, teacher, (pooling, of_teacher or pooling))
-        return replace(term, name=name or (loss.name if teacher is None else f"{loss.name}_{teacher}"))
+        name = name or (loss.name if teacher is None else f"{loss.name}_{teacher}")
+        poolings = (pooling, of_teacher or pooling)
+        return Term(name, loss, weight, options, stack=EMBEDDING, teacher=teacher, pooling=poolings)
     layers, stack = (options.pop(k, v) if loss.feature else None for k, v in FEATURE_OPTIONS.items())
     if loss.feature:
         check_layers(layers)

@@ -317,7 +317,9 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
         return True if replaced else None
     logits, model_loss = first_targets.gather_logits(outputs["logits"]), losses.added_by_model
     assert model_loss is not None
-    hard_loss = get_loss(unmeasured_type_of(model).output_type.hard_loss)
+    name = model_type_of(model).output_type.hard_loss
+    assert name is not None, "a model without labels has no loss"
+    hard_loss = get_loss(name)
     signals = Signals(DenseLogits(logits.double().to(first_targets.labels.device)))
     plain = float(hard_loss.function(signals, None, first_targets).mean())
     precision = max(torch.finfo(dtype).eps for dtype in (model_loss.dtype, outputs["logits"].dtype))
