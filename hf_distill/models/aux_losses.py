@@ -317,7 +317,7 @@ def _is_separable(model: nn.Module, losses: AuxLosses, rows: dict, forward: Forw
         return True if replaced else None
     logits, model_loss = first_targets.gather_logits(outputs["logits"]), losses.added_by_model
     assert model_loss is not None
-    name = model_type_of(model).output_type.hard_loss
+    name = unmeasured_type_of(model).output_type.hard_loss
     assert name is not None, "a model without labels has no loss"
     hard_loss = get_loss(name)
     signals = Signals(DenseLogits(logits.double().to(first_targets.labels.device)))
