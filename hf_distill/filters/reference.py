@@ -19,9 +19,9 @@ class Reference(AnswerStep, RowFilter):
 
     name: Literal["reference"] = "reference"
     column: str = Field(
-        "answer",
-        description="Column of the data source with the reference answer, or a list of possible answers. Default: "
-        "answer.",
+        "reference",
+        description="Column with the reference answer, or a list of possible answers: a column of the data source, or "
+        "reference, its completion. Default: reference.",
     )
     reference_after: str | None = Field(
         None,

@@ -51,7 +51,7 @@ def row(completion="", prompt="p", **columns):
     ],
 )
 def test_an_answer_agrees_with_the_reference(compare, completion, reference, is_right):
-    assert Reference(compare=compare).keep(row(completion, answer=reference)) is is_right
+    assert Reference(compare=compare).keep(row(completion, reference=reference)) is is_right
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_an_answer_agrees_with_the_reference(compare, completion, reference, is_
 )
 def test_a_reference_that_cannot_be_read_sets_the_row_aside(compare, value, message):
     filters = [Reference(compare=compare, reference_after="####" if message.endswith("'####'") else None)]
-    good = row("A 1", answer={"exact": "#### A 1", "choice": "A"}.get(compare, "1"))
-    good["answer"] = good["answer"] if filters[0].reference_after else good["answer"].removeprefix("#### ")
-    result = apply_filters([row("A 1", answer=value), good], filters)
+    good = row("A 1", reference={"exact": "#### A 1", "choice": "A"}.get(compare, "1"))
+    good["reference"] = good["reference"] if filters[0].reference_after else good["reference"].removeprefix("#### ")
+    result = apply_filters([row("A 1", reference=value), good], filters)
     assert (result.positions, result.counts[0].set_aside) == ([1], 1)
     assert message in result.set_aside[0].error
 
@@ -85,7 +85,7 @@ def test_markers_and_lists_of_references():
 
 def test_an_answer_that_takes_too_long_to_compare_sets_the_row_aside(monkeypatch):
     monkeypatch.setattr("hf_distill.filters.answers._TIMEOUT_SECONDS", 1)
-    rows = [row("$9^{9^{9^{9}}}$", answer="1"), row("$1$", answer="1")]
+    rows = [row("$9^{9^{9^{9}}}$", reference="1"), row("$1$", reference="1")]
     result = apply_filters(rows, [Reference(compare="math")])
     assert (result.positions, result.set_aside[0].position) == ([1], 0)
     assert "TimeoutError: comparing two answers takes more than 1 seconds" in result.set_aside[0].error
@@ -96,7 +96,7 @@ def test_answers_outside_of_the_main_thread_are_an_error_and_not_set_aside():
 
     def run():
         try:
-            apply_filters([row("1", answer="1")], [Reference(compare="numeric")])
+            apply_filters([row("1", reference="1")], [Reference(compare="numeric")])
         except DistillError as error:
             errors.append(str(error))
 
@@ -109,9 +109,9 @@ def test_answers_outside_of_the_main_thread_are_an_error_and_not_set_aside():
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
 def test_numbers_are_compared_to_six_decimals(number, other):
     filters = Reference(compare="numeric")
-    assert filters.keep(row(f"It is {number!r}", answer=repr(number)))
+    assert filters.keep(row(f"It is {number!r}", reference=repr(number)))
     if abs(number - other) > 2e-6:
-        assert not filters.keep(row(f"It is {number!r}", answer=other))
+        assert not filters.keep(row(f"It is {number!r}", reference=other))
 
 
 def sampled(*groups):
