@@ -40,7 +40,9 @@ def pin_relative_paths(values: JSONObject, origin: str) -> JSONObject:
     if isinstance(data, dict):
         values = values | {"data": {name: _with_path(part, origin, problems) for name, part in data.items()}}
     for _, entry in evaluation_data(values):
-        entry.update(_with_path(entry, origin, problems))
+        pinned = _with_path(entry, origin, problems)
+        assert isinstance(pinned, dict)
+        entry.update(pinned)
     raise_if_any(problems)
     return values
 
