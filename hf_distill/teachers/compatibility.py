@@ -35,6 +35,7 @@ def check_teacher_student(
     tokenizer: Any,
     processing_class: Any,
     path: str = "",
+    reads_own_tokens: bool = False,
     **options: Any,
 ) -> OtherTokens | None:
     """Check that a model can teach a student; the config alone is enough for all checks but those of the model type.
@@ -45,6 +46,7 @@ def check_teacher_student(
         tokenizer: the teacher's tokenizer or processor; None: the tokenizer in its folder, if it is on this machine.
         processing_class: the student's tokenizer or processor; None: likewise.
         path: folder or id of the teacher.
+        reads_own_tokens: whether the teacher reads its own tokens, of the tokenizer `processing_class`.
         options: arguments of `from_pretrained` for the teacher's tokenizer: revision, trust_remote_code, ...
 
     Returns:
@@ -79,6 +81,9 @@ def check_teacher_student(
     if None in sizes or not (predicts_tokens or getattr(student, "main_input_name", None) == "input_ids"):
         return None  # the models neither read nor predict token ids
     tokenizer = tokenizer or local_tokenizer(path, **options)
+    if reads_own_tokens:
+        check_own_tokenizer(tokenizer, processing_class, sizes[0])
+        return None
     processing_class = processing_class or local_tokenizer(getattr(student, "name_or_path", ""))
     if predicts_tokens:
         check_vocabulary(tokenizer, processing_class, sizes[0], sizes[1])
@@ -250,6 +255,33 @@ def check_vocabulary(
     if teacher(probe, add_special_tokens=False)["input_ids"] != student(probe, add_special_tokens=False)["input_ids"]:
         raise DistillError(f"Teacher and student share a vocabulary but split text into tokens differently. {remedy}")
     _compare_templates(teacher, student)
+
+
+def check_own_tokenizer(stored: Any, given: Any, size: int) -> None:
+    """Check that the tokenizer that is given for a teacher has the ids of the one that is stored with its model.
+
+    Their chat templates may differ.
+
+    Args:
+        stored: the tokenizer that is stored with the model, or None if unknown.
+        given: the tokenizer that makes the teacher's rows.
+        size: V_t, rows of the teacher's vocabulary.
+
+    Raises:
+        DistillError: an id of the model means different tokens.
+    """
+    if stored is given or not (hasattr(stored, "get_vocab") and hasattr(given, "get_vocab")):
+        return
+    tokens, tokens_given = ({i: token for token, i in each.get_vocab().items() if i < size} for each in (stored, given))
+    differ = [i for i, token in sorted(tokens_given.items()) if tokens.get(i, token) != token]
+    if differ:
+        i = differ[0]
+        raise DistillError(
+            f"{len(differ)} ids mean other tokens in the tokenizer that is given for the teacher than in the one that "
+            f"is stored with its model (first: {i} is {tokens_given[i]!r} in the given one and {tokens[i]!r} in the "
+            "stored one): give the tokenizer of the teacher's model, or leave it out (`processing_class` of "
+            "CrossTokenizerTeacher, `tokenizer` of the teacher in a recipe)."
+        )
 
 
 def _compare_templates(teacher: Any, student: Any) -> None:

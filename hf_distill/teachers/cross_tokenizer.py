@@ -96,6 +96,8 @@ class CrossTokenizerTeacher(Teacher):
                 "known: pass processing_class=tokenizer to the trainer."
             )
         self.tokenizer = self._find_tokenizer()
+        if isinstance(self.teacher, FrozenTeacher):
+            self.teacher.reads_own_tokens = True
         self.teacher.prepare(student, device, self.tokenizer)
         if isinstance(self.teacher, CachedTeacher | RemoteTeacher):
             self.teacher.keep_all_ids()

@@ -76,6 +76,7 @@ class FrozenTeacher(Teacher):
         self.processing_class = processing_class
         self.model = None if isinstance(model, str) else run_eagerly(model)
         self._limits: InputLimits | None = None
+        self.reads_own_tokens = False  # `CrossTokenizerTeacher` sets it: `prepare` then gets the teacher's tokenizer
         self._head, self._is_float32 = FrozenHead(), False
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
@@ -91,7 +92,13 @@ class FrozenTeacher(Teacher):
             is_adapter = read_adapter_config(self._path, options) is not None
             check_checkpoint(self._path, model_type, model_or_config, is_adapter)
         self.other_tokens = check_teacher_student(
-            model_or_config, student, self.processing_class, processing_class, self._path or "", **hub_options(options)
+            model_or_config,
+            student,
+            self.processing_class,
+            processing_class,
+            self._path or "",
+            reads_own_tokens=self.reads_own_tokens,
+            **hub_options(options),
         )
         if self.model is None:
             self.model = self._loader.load(student, self._path, model_or_config, device)
@@ -102,7 +109,7 @@ class FrozenTeacher(Teacher):
         self.model.requires_grad_(False).eval()
         self._is_float32 = computes_in_float32(self.model)
         self.model = self._loader.dispatch(self.model, device)
-        self._limits = InputLimits.of(self.model, student, self.other_tokens is not None)
+        self._limits = InputLimits.of(self.model, student, self.reads_own_tokens or self.other_tokens is not None)
         self.context_length = self._limits.positions
 
     def load_tokenizer(self) -> Any:

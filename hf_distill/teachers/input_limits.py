@@ -101,6 +101,12 @@ class InputLimits:
             DistillError: it has none.
         """
         if self.ids is not None and largest >= self.ids:
+            if self.has_other_tokens:
+                raise DistillError(
+                    f"The teacher's rows have the token id {largest}, and its embedding has {self.ids} rows, for the "
+                    f"ids 0 to {self.ids - 1}. Make them with the tokenizer of the teacher's model, or remove the rows "
+                    "with tokens that were added to it."
+                )
             raise DistillError(
                 f"The data has the token id {largest}, and the teacher's embedding has {self.ids} rows, for the "
                 f"ids 0 to {self.ids - 1}. Use a teacher with the student's tokenizer, resize the teacher's embeddings "

@@ -1,5 +1,6 @@
 """A teacher with another tokenizer: its loss against a plain reference, in batches of every kind."""
 
+import copy
 from itertools import accumulate
 
 import pytest
@@ -314,3 +315,36 @@ def test_a_step_reads_the_device_once_for_each_micro_batch(tokenizers, tmp_path,
     trainer = train(student, frozen, tokenizers, tmp_path, texts=TEXTS[:2] * 2, cross_tokenizer=loss, **options)
     _, micro, _ = reads_of_steps(trainer, 2)
     assert micro == {("tolist", "core/targets.py:_read"): 1}
+
+
+def prepared(models, tokenizers, given, stored=None):
+    """A teacher that reads the tokens of `given`, and whose model is stored with the tokenizer `stored`."""
+    teacher = CrossTokenizerTeacher(FrozenTeacher(models[1], processing_class=stored), processing_class=given)
+    teacher.prepare(models[0], torch.device("cpu"), tokenizers[0])
+    return teacher
+
+
+def test_the_teachers_tokenizer_is_compared_with_its_own_and_not_with_the_students(models, tokenizers, monkeypatch):
+    from hf_distill.teachers import compatibility
+
+    warnings = []
+    monkeypatch.setattr(compatibility.logger, "warning_once", warnings.append)
+    prepared(models, tokenizers, tokenizers[1])
+    stored, given = copy.deepcopy(tokenizers[1]), copy.deepcopy(tokenizers[1])
+    stored.chat_template, given.chat_template = (f"{{{{ messages[0].content }}}} {i}" for i in range(2))
+    prepared(models, tokenizers, given, stored)
+    assert not warnings
+    with pytest.raises(DistillError, match="ids mean other tokens in the tokenizer that is given for the teacher"):
+        prepared(models, tokenizers, trained("gemma"), tokenizers[1])
+
+
+def test_an_id_that_the_teacher_has_no_embedding_for_is_refused(models, tokenizers):
+    """The teacher has more ids than the student has, but fewer than its tokenizer."""
+    given = copy.deepcopy(tokenizers[1])
+    student = build("llama", vocab=len(given) - 8)
+    given.add_tokens(["<added>"])
+    teacher = CrossTokenizerTeacher(models[1], processing_class=given)
+    teacher.prepare(student, torch.device("cpu"), tokenizers[0])
+    batch = {"input_ids": torch.tensor([[1, len(given) - 1, 2]]), "labels": torch.tensor([[1, 1, 2]])}
+    with pytest.raises(DistillError, match=f"teacher's rows have the token id {len(given) - 1}, and its embedding has"):
+        teacher.teacher._limits.readable(batch)
