@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from ..core.held_out_metrics import DEFAULT_TARGET
 from ..core.json_types import JSON, JSONObject
@@ -52,6 +52,7 @@ class ObjectiveFacts(TypedDict, total=False):
     divergence: str | Mapping[str, object]
     hard_loss: str | None
     losses: Sequence[Mapping[str, JSON]] | None
+    by_origin: Mapping[str, Mapping[str, Any]] | None
 
 
 class SourceFacts(TypedDict, total=False):

@@ -98,6 +98,10 @@ def _objective_lines(objective: ObjectiveFacts, target: str) -> list[str]:
         lines.append(
             "The teacher has another tokenizer: the soft loss compares spans of text that both tokenizers delimit."
         )
+    for origin, values in (objective.get("by_origin") or {}).items():
+        settings = [f"divergence {markdown(_divergence(values['divergence']))}"] if "divergence" in values else []
+        settings += [f"alpha {values['alpha']:g}"] if "alpha" in values else []
+        lines.append(f"For target tokens that the {markdown(origin)} wrote: {', '.join(settings)}.")
     papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in _papers(objective))
     return [*lines, f"Papers: {papers}."] if papers else lines
 
@@ -169,7 +173,10 @@ def _name(divergence: str | Mapping[str, object]) -> str:
 def _papers(objective: ObjectiveFacts) -> list[str]:
     """The papers of knowledge distillation and of the losses."""
     divergence, losses = objective["divergence"], objective.get("losses") or ()
-    names = [_name(divergence), *(loss["name"] for loss in losses)]
+    of_origins = [
+        values["divergence"] for values in (objective.get("by_origin") or {}).values() if "divergence" in values
+    ]
+    names = [*map(_name, (divergence, *of_origins)), *(loss["name"] for loss in losses)]
     papers = [_DISTILLATION_PAPER, *(LOSSES[name].paper for name in names if name in LOSSES)]
     return [*dict.fromkeys(paper for paper in papers if paper)]
 

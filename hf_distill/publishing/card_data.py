@@ -66,6 +66,7 @@ def run_card_data(
             "alpha": objective.alpha,
             "divergence": objective.soft_loss,
             "losses": [loss.model_dump() for loss in run.recipe.losses],
+            "by_origin": objective.model_dump(exclude_none=True).get("by_origin"),
         },
         data=cast(DatasetFacts, {**results.get("data", {}), "sources": _sources(run, provenance)}),
         training=_training(run),

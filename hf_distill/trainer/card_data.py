@@ -61,6 +61,7 @@ def trainer_card_data(
             "divergence": cast("str | dict[str, object]", objective_args.soft_loss or output_type.soft_loss),
             "hard_loss": output_type.hard_loss,
             "losses": cast(Any, objective_args.losses),
+            "by_origin": cast(Any, objective_args.by_origin),
         },
         data={
             "sources": _sources(datasets),
@@ -147,7 +148,7 @@ def _sources(datasets: Mapping[str, object]) -> dict[str, SourceFacts]:
 _EXCLUDED_PREFIXES = (
     *("output", "hub", "push", "logging", "log_", "report", "run_name", "save", "eval", "do_", "project", "trackio"),
     *("disable_tqdm", "dataloader", "use_cpu", "local_rank", "resume", "deepspeed", "fsdp"),
-    *("temperature", "alpha", "divergence", "cross_tokenizer", "losses"),
+    *("temperature", "alpha", "divergence", "cross_tokenizer", "by_origin", "losses"),
 )
 
 

@@ -36,7 +36,7 @@ from ..models.model_types import model_type_of, unwrap_parallel
 from ..models.precision import MIXED_PRECISION_DTYPES
 from ..models.projectors import ProjectorConfig
 from ..models.sidecar import strip_sidecar
-from ..teachers import RoutedTeacher, Teacher, TrainableTeacher
+from ..teachers import NullTeacher, RoutedTeacher, Teacher, TrainableTeacher
 from ..teachers.group import find_trained_teacher, teachers_by_name
 from ..teachers.input_keys import foreign_key_problem
 from ..teachers.input_limits import check_ids
@@ -688,7 +688,7 @@ class DistillMixin(_Base):
             args: positional arguments of the Trainer's method.
             options: see `CardOptions`.
         """
-        if not self.is_distilling:
+        if not self.is_distilling or isinstance(self.teacher, NullTeacher):
             super().create_model_card(*args, **options)
         elif self.is_world_process_zero():
             self._card_writer.write(self, self.model, self.teacher, CardOptions(*args, **options))

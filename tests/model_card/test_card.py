@@ -63,6 +63,14 @@ def test_the_text_follows_from_the_data():
     assert "Accepted by the author: teacher: forbids it." in text
 
 
+def test_a_card_lists_the_losses_of_each_author():
+    by_origin = {"teacher": {"divergence": {"name": "skew_kl", "lam": 0.1}, "alpha": 0.9}, "student": {"alpha": 1}}
+    text = build_card(replace(FACTS, objective={**FACTS.objective, "by_origin": by_origin})).text
+    assert "For target tokens that the teacher wrote: divergence skew_kl(lam=0.1), alpha 0.9." in text
+    assert "For target tokens that the student wrote: alpha 1." in text
+    assert "2402.03898" in text
+
+
 def test_a_card_lists_what_was_not_measured():
     lines = " ".join(unmeasured({}, (), None))
     for word in ("was not evaluated", "no control", "retention", "diagnose", "seeds", "safety"):

@@ -275,6 +275,21 @@ def test_terms_without_origins_are_those_of_before():
     assert DistillConfig("unused").terms() == objective(0.5, 2.0)
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5", "sequence", "token"])
+def test_weights_multiply_the_losses_of_every_model_type(make_trainer, kind):
+    """Also those on features of all tokens of a row, for which targets are not the compared tokens."""
+    losses = [{"name": "value_relation", "weight": 0.1, **({"stack": "encoder"} if kind == "t5" else {})}]
+
+    def gradient(*weights):
+        data = [row | {"weight": torch.tensor(w)} for row, w in zip(rows(kind, 2), weights, strict=True)]
+        return one_step(make_trainer, kind, 2, 1, train_dataset=data, losses=losses, remove_unused_columns=False)[1]
+
+    first, second, both = gradient(2.0, 0.0), gradient(0.0, 3.0), gradient(2.0, 3.0)
+    for name in both:
+        torch.testing.assert_close(first[name] + second[name], both[name], rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(first[name], both[name]) for name in both)
+
+
 @pytest.mark.parametrize("teacher", [None, "llama"])
 def test_labels_alone_are_weighted_without_the_help_of_a_teacher(make_trainer, teacher):
     data = [row | {"weight": torch.tensor(float(i))} for i, row in enumerate(rows("llama", 4))]
