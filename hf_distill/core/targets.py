@@ -34,10 +34,15 @@ def real_labels(inputs: dict) -> Tensor:
     labels = target_labels(inputs, shift=False)
     if not labels.is_floating_point():
         raise DistillError(
-            f"`labels` has dtype {labels.dtype}, and the labels of a multi-label classifier or a regression "
+            f"`labels` has dtype {inputs['labels'].dtype}, and the labels of a multi-label classifier or a regression "
             "model are floating-point numbers: convert them, for example with torch.float32."
         )
     return labels
+
+
+def as_int64(labels: Tensor) -> Tensor:
+    """Return integer labels as int64, which the losses need; floating-point labels as they are."""
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def target_labels(inputs: dict, shift: bool) -> Tensor:
@@ -50,7 +55,7 @@ def target_labels(inputs: dict, shift: bool) -> Tensor:
             of a left-padded row is no target token then, because it would be predicted from padding.
 
     Returns:
-        [B, S] or [B].
+        [B, S] or [B]; integers and booleans of any dtype as int64.
 
     Raises:
         DistillError: the batch has no labels.
@@ -60,9 +65,11 @@ def target_labels(inputs: dict, shift: bool) -> Tensor:
     labels = inputs.get("labels")
     if labels is None:
         raise DistillError(
-            f"The batch has no `labels`; it has {sorted(inputs)}. The losses are computed for the tokens whose label "
-            "is not -100: use a collator that makes labels, such as DataCollatorForLanguageModeling(mlm=False)."
+            f"The batch has no `labels`; it has {sorted(inputs)}. The losses are computed for the targets whose label "
+            "is not -100: name the column of the data `labels`, or use a collator that makes labels, such as "
+            "DataCollatorForLanguageModeling(mlm=False) for causal language models."
         )
+    labels = as_int64(labels)
     if not shift:
         return labels
     labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
@@ -270,11 +277,12 @@ class Targets:
             "or a model that predicts at every position of its input."
         )
 
-    def check_ids(self, vocab_size: int) -> None:
+    def check_ids(self, vocab_size: int, is_vocabulary: bool = True) -> None:
         """Check that the student can predict all labels.
 
         Args:
             vocab_size: V of the student.
+            is_vocabulary: whether the labels are ids of tokens, and not classes; for the message.
 
         Raises:
             DistillError: a label is below 0 or at least `vocab_size`.
@@ -282,11 +290,18 @@ class Targets:
         if self.label_range is not None and self.label_range[0] >= 0 and self.label_range[1] < vocab_size:
             return
         invalid = self.labels[(self.labels < 0) | (self.labels >= vocab_size)]
-        if len(invalid):
-            raise DistillError(
-                f"{len(invalid)} labels are outside the student's {vocab_size} ids (first: {int(invalid[0])}). Check "
-                "that the data was tokenized with the student's tokenizer, or resize the student's embeddings."
+        if not len(invalid):
+            return
+        kind = "ids" if is_vocabulary else "classes"
+        raise DistillError(
+            f"{len(invalid)} labels are outside the student's {vocab_size} {kind} (first: {int(invalid[0])}). "
+            + (
+                "Check that the data was tokenized with the student's tokenizer, or resize the student's embeddings."
+                if is_vocabulary
+                else f"Classes are counted from 0 to {vocab_size - 1}: correct the labels, or load both models with as "
+                "many classes as the data has (num_labels). A label of -100 marks what is no target."
             )
+        )
 
     def slice(self, rows: builtins.slice | Tensor) -> "Targets":
         """Return the targets of some of the target tokens."""

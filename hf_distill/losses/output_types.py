@@ -233,6 +233,10 @@ class Classes(Distribution):
     pair_metrics = (*PAIR_METRICS, "teacher_accuracy", "teacher_prediction")
     evaluation_statistics = ("accuracy", "teacher_accuracy", "prediction", "teacher_prediction")
 
+    def check_labels(self, targets: Targets, num_outputs: int) -> None:
+        """Check that the labels are classes of the student."""
+        targets.check_ids(num_outputs, is_vocabulary=False)
+
     def metrics(self, student: BlockLogits, block: BlockLogits | None, targets: Targets) -> dict[str, Tensor]:
         """Return the statistics of each target; predictions are the most probable classes."""
         metrics = super().metrics(student, block, targets)
@@ -298,13 +302,26 @@ class Bernoullis(RowOutputs):
     outputs, soft_loss, hard_loss = BERNOULLIS, "bernoulli_kl", "binary_cross_entropy"
     student_metrics, pair_metrics = BERNOULLI_STUDENT_METRICS, BERNOULLI_PAIR_METRICS
     evaluation_statistics = BERNOULLI_COUNTS
+    _INVALID_LABELS: ClassVar[str] = "labels that are no probabilities"
+
+    def find_targets(self, inputs: dict, shift: bool, numbers: Mapping[str, Tensor]) -> Targets:
+        """Return one target for each row of a batch, and count the labels that are no probabilities."""
+        labels = self.row_labels(inputs)
+        num_invalid = ((labels < 0) | (labels > 1)).sum().reshape(1)
+        return Targets.of_rows(labels, {**numbers, self._INVALID_LABELS: num_invalid})
 
     def check_labels(self, targets: Targets, num_outputs: int) -> None:
-        """Check that each row has a number for each label.
+        """Check that each row has a number for each label, between 0 and 1.
 
         Raises:
-            DistillError: the labels have another shape.
+            DistillError: the labels have another shape or other values.
         """
+        if (num_invalid := targets.numbers[self._INVALID_LABELS][0]) > 0:
+            raise DistillError(
+                f"{num_invalid} of the labels of this batch are below 0 or above 1, and those of a multi-label "
+                "classifier are 1.0 for each label that applies and 0.0 for the others, or probabilities. Unknown "
+                "labels (-100 or -1) are not ignored: replace them, or leave their rows out."
+            )
         if targets.labels.shape[1:] != (num_outputs,):
             raise DistillError(
                 f"`labels` has shape {tuple(targets.labels.shape)}, and the student predicts {num_outputs} labels for "

@@ -109,7 +109,7 @@ def span_labels(inputs: Mapping[str, Tensor]) -> Tensor:
     labels = torch.stack([inputs[name].reshape(-1) for name in SPAN_LABELS], dim=1)
     if labels.is_floating_point():
         raise DistillError(f"{' and '.join(SPAN_LABELS)} have dtype {labels.dtype}: give integer positions.")
-    labels = labels.clamp(0, num_positions)
+    labels = labels.long().clamp(0, num_positions)
     return labels.masked_fill(labels == num_positions, IGNORE_INDEX)
 
 

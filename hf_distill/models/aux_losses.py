@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..core.logits import DenseLogits
 from ..core.signals import Signals
-from ..core.targets import IGNORE_INDEX, Targets
+from ..core.targets import IGNORE_INDEX, Targets, as_int64
 from ..errors import DistillError
 from ..losses.registry import get_loss
 from .image_inputs import without_images
@@ -214,7 +214,7 @@ def plan_aux_losses(model: nn.Module, inputs: dict, forward: Forward, targets: T
 def labels_of(inputs: dict) -> Tensor:
     """Return the labels of a batch as a model's forward reads them: `shift_labels` are shifted back."""
     labels = inputs.get("labels")
-    return pad(inputs["shift_labels"][..., :-1], (1, 0), value=IGNORE_INDEX) if labels is None else labels
+    return pad(inputs["shift_labels"][..., :-1], (1, 0), value=IGNORE_INDEX) if labels is None else as_int64(labels)
 
 
 def _takes_labels(cls: type[nn.Module]) -> bool:

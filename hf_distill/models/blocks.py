@@ -24,6 +24,7 @@ class LayerStack:
     width:     H, hidden size of their outputs
     causal:    whether attention is causal
     attention: attention implementation: "sdpa", "eager", ...
+    layerdrop: option of the config by which training skips blocks at random (LayerDrop); None if it skips none
     """
 
     name: str | None
@@ -31,6 +32,7 @@ class LayerStack:
     width: int
     causal: bool
     attention: str
+    layerdrop: str | None = None
 
 
 def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
@@ -64,7 +66,15 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
         getattr(module, "is_causal", False) for module in blocks[0].modules()
     )
     config = root.config.get_text_config()
-    return LayerStack(which, blocks, config.hidden_size, causal, config._attn_implementation)
+    if getattr(config, "hidden_size", None) is None:
+        raise DistillError(
+            f"The config of {type(inner).__name__} has no `hidden_size`, so the width of the hidden states of its "
+            "blocks is not known: use losses on logits alone, without torch_compile."
+        )
+    layerdrop = f"{which}_layerdrop" if which else "layerdrop"
+    is_dropped = bool(getattr(root, "layerdrop", getattr(config, layerdrop, 0.0)))  # some models copy it when created
+    dropped = layerdrop if is_dropped else None
+    return LayerStack(which, blocks, config.hidden_size, causal, config._attn_implementation, dropped)
 
 
 def embedding_module(model: nn.Module) -> nn.Module:
@@ -110,7 +120,12 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     """
     inner: Any = _with_config(model)
     config = inner.config.get_text_config(decoder=which == "decoder" or None, encoder=which == "encoder" or None)
-    depth = config.num_hidden_layers
+    depth = getattr(config, "num_hidden_layers", None)
+    if depth is None:
+        raise DistillError(
+            f"The config of {type(inner).__name__} has no `num_hidden_layers`, so its blocks cannot be found: use "
+            "losses on logits alone, without torch_compile."
+        )
     lists = dict(_outermost_lists(inner))
     matches = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
     if len(matches) > 1 and which is None and not inner.config.is_encoder_decoder and hasattr(inner, "get_decoder"):

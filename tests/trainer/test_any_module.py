@@ -312,7 +312,7 @@ class Needs(nn.Linear):
         ({"teacher": Net(1, outputs=3)}, "logits of 3 classes and the student of 4"),
         (
             {"model": Net(0, outputs=3), "teacher": Net(1, outputs=3), "train_dataset": TOO_LARGE},
-            "outside the student's 3 ids",
+            "outside the student's 3 classes",
         ),
         ({"losses": [{"name": "hidden_mse"}]}, "num_hidden_layers=..., hidden_size=..."),
         ({"torch_compile": True}, "num_hidden_layers=..., hidden_size=..."),

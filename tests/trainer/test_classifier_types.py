@@ -1,6 +1,7 @@
 """Classifiers of images, audio and videos, multiple choice and next sentence prediction: types, losses, cards."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -194,8 +195,38 @@ def test_hidden_states_of_all_texts_of_a_row_are_compared_for_multiple_choice(ma
 
 def test_labels_outside_the_choices_of_a_row_are_refused(make):
     rows = [row | {"labels": torch.tensor(4)} for row in data("choice", 4)]  # num_labels of the config is 5
-    with pytest.raises(DistillError, match="labels are outside the student's 3"):
+    with pytest.raises(DistillError, match=r"labels are outside the student's 3 classes.*from 0 to 2"):
         make("choice", eval_dataset=rows).evaluate()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_integer_labels_of_any_dtype_are_classes(make, dtype):
+    losses = []
+    for as_dtype in (torch.long, dtype):
+        rows = [row | {"labels": torch.as_tensor(row["labels"]).clamp(max=1).to(as_dtype)} for row in data("image", 4)]
+        trainer = make("image", train_dataset=rows, eval_dataset=rows, data_collator=collate, max_steps=1)
+        trainer.train()
+        losses.append([trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]])
+    assert losses[0] == losses[1]
+
+
+def test_a_missing_label_is_reported_for_classifiers_too(make):
+    rows = [{name: value for name, value in row.items() if name != "labels"} for row in data("image", 4)]
+    with pytest.raises(DistillError, match=r"has no `labels`.*name the column of the data `labels`"):
+        make("image", train_dataset=rows).train()
+
+
+@pytest.mark.parametrize("losses", [[{"name": "hidden_mse"}], []])
+def test_blocks_that_the_config_does_not_describe_are_refused_for_losses_on_features_only(make, losses):
+    student, teacher = (
+        tf.ResNetForImageClassification(
+            tf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+        )
+        for _ in range(2)
+    )
+    refused = pytest.raises(DistillError, match=r"has no `num_hidden_layers`.*use losses on logits")
+    with refused if losses else nullcontext():
+        make("image", model=student, teacher=teacher, losses=losses, max_steps=1).train()
 
 
 def test_types_and_label_maps_that_differ_are_refused(make):

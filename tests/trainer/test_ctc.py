@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_distill import DistillError
+from hf_distill.models.blocks import get_layer_stack
 from hf_distill.models.model_types import model_type_of
 from hf_distill.teachers import EMATeacher, PeerTeacher
 
@@ -220,3 +221,17 @@ def test_a_peer_and_an_adapter_are_trained(make):
     log = make(model=adapted, max_steps=1, train_sampling_strategy="sequential").evaluate()
     losses, _ = reference(adapted.eval(), build(1, layers=2, width=24), collate(data(7, 5)), alpha=0.5)
     assert log["eval_loss"] == pytest.approx(losses["loss"].item(), rel=1e-5)
+
+
+def test_blocks_are_found_among_as_many_convolutions(make):
+    student, teacher = build(layers=2), build(1, layers=2)  # and two convolutions
+    trainer = make(model=student, teacher=teacher, losses=[{"name": "hidden_mse"}], max_steps=1)
+    stack = get_layer_stack(student)
+    assert stack.blocks is student.wav2vec2.encoder.layers
+    trainer.train()
+
+
+def test_a_loss_on_blocks_that_training_skips_at_random_is_refused(make):
+    with pytest.raises(DistillError, match=r"`layerdrop` of its config skips blocks.*with layerdrop=0.0"):
+        make(model=build(layers=3, layerdrop=0.5), losses=[{"name": "hidden_mse"}])
+    make(model=build(layers=3, layerdrop=0.5), max_steps=1).train()  # the loss on logits needs no blocks

@@ -195,3 +195,13 @@ def test_a_student_in_bfloat16_trains_although_its_own_loss_is_rounded(multi_lab
     trainer = multi_label(model=model(0).bfloat16(), max_steps=1, per_device_train_batch_size=8)
     trainer.train()
     assert 0 < trainer.evaluate()["eval_hard_loss"] < 2
+
+
+@pytest.mark.parametrize("value", [-100.0, -1.0, 2.0])
+def test_a_label_that_is_no_probability_is_refused(multi_label, value):
+    rows = data(8)
+    rows[0]["labels"][2] = value
+    with pytest.raises(DistillError, match=r"1 of the labels of this batch are below 0 or above 1.*Unknown labels"):
+        multi_label(train_dataset=rows, max_steps=2).train()
+    rows[0]["labels"][2] = 0.3
+    multi_label(train_dataset=rows, max_steps=2).train()

@@ -165,3 +165,13 @@ def test_a_row_whose_loss_is_not_finite_is_skipped_and_reported(answering, caplo
     trainer.train()
     assert "soft, hard: not finite" in caplog.text
     assert "first for example" in caplog.text
+
+
+def test_positions_in_another_integer_dtype_are_the_same_targets(answering):
+    losses = []
+    for dtype in (torch.long, torch.int32):
+        rows = [{n: v.to(dtype) if n.endswith("positions") else v for n, v in row.items()} for row in data(4)]
+        trainer = answering(train_dataset=rows, eval_dataset=rows, max_steps=1)
+        trainer.train()
+        losses.append([trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]])
+    assert losses[0] == losses[1]

@@ -164,7 +164,7 @@ def test_the_hard_loss_is_that_of_the_model_and_ignores_the_label_of_its_config(
     ("options", "message"),
     [
         (lambda: {"train_dataset": [r | {"labels": torch.tensor(1)} for r in data(4)]}, "integer labels of shape"),
-        (lambda: {"train_dataset": data(4, ignored=9)}, "labels are outside the student's 3"),
+        (lambda: {"train_dataset": data(4, ignored=9)}, "labels are outside the student's 3 classes"),
         (lambda: {"teacher": build(1, num_labels=4)}, "4 classes and the student 3"),
         (lambda: {"model": build(num_labels=1)}, "segments images into one class"),
         (lambda: {"divergence": "bernoulli_kl"}, "bernoulli_kl is for independent labels"),
@@ -202,3 +202,18 @@ def test_the_model_card_has_the_mean_iou_of_both_models(make):
     assert "type: mean_iou" in card
     for name in ("eval_mean_iou", "eval_teacher_mean_iou"):
         assert f"{metrics[name]:.1%}" in card, name
+
+
+def test_labels_of_pixels_in_bytes_are_those_in_integers(make):
+    losses = []
+    for dtype in (torch.long, torch.uint8):
+        rows = [row | {"labels": row["labels"].to(dtype)} for row in data(4)]
+        trainer = make(train_dataset=rows, eval_dataset=rows, max_steps=1)
+        trainer.train()
+        losses.append([trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]])
+    assert losses[0] == losses[1]
+
+
+def test_losses_on_blocks_of_several_widths_are_refused(make):
+    with pytest.raises(DistillError, match=r"has no `hidden_size`.*losses on logits"):
+        make(losses=[{"name": "hidden_mse"}])

@@ -8,7 +8,14 @@ from tiny import SPEECH_LENGTH, collate, speech_rows, whisper
 from torch.nn import functional as F
 from transformers import WhisperForConditionalGeneration
 
-from hf_distill import DistillConfig, DistillSeq2SeqConfig, DistillSeq2SeqTrainer, DistillTrainer, cut_student
+from hf_distill import (
+    DistillConfig,
+    DistillError,
+    DistillSeq2SeqConfig,
+    DistillSeq2SeqTrainer,
+    DistillTrainer,
+    cut_student,
+)
 from hf_distill.models.model_types import SPEECH_SEQ2SEQ, model_type_of
 
 
@@ -139,3 +146,11 @@ def test_a_teacher_by_path_is_loaded_with_the_speech_class(make, tmp_path):
     trainer = make(DistillTrainer, whisper(), teacher())
     trainer.create_model_card()
     assert "automatic-speech-recognition" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_loss_on_blocks_of_a_stack_with_layerdrop_is_refused(make, stack):
+    student = whisper(0)
+    (student.get_encoder() if stack == "encoder" else student.get_decoder()).layerdrop = 0.5  # as its config sets it
+    with pytest.raises(DistillError, match=f"`{stack}_layerdrop` of its config skips blocks"):
+        make(DistillTrainer, student, teacher(), losses=[{"name": "hidden_mse", "stack": stack}])
