@@ -10,7 +10,7 @@ from .words import ngrams, words_and_marks
 
 T = TypeVar("T")
 Summary: TypeAlias = dict[str, float]
-_MAX_TEXTS = 100  # of which self-BLEU compares all pairs
+_MAX_TEXTS = 50  # of which self-BLEU compares all pairs
 _MAX_PROMPTS = 200  # of which self-BLEU compares the samples
 
 
@@ -76,7 +76,7 @@ def measure_completions(rows: Iterable[Row]) -> dict[str, object]:
     Returns:
         `rows` and `prompts` (numbers); `characters` and, if the rows have the column, `tokens` (see `summarize`);
         `distinct_1` to `distinct_3`; `self_bleu_of_samples` (between the samples of a prompt, of up to 200 prompts),
-        and `self_bleu_of_prompts` (between the first samples of up to 100 prompts). An undefined measure is None.
+        and `self_bleu_of_prompts` (between the first samples of up to 50 prompts). An undefined measure is None.
     """
     groups: dict[object, list[str]] = {}
     tokens = list[float]()

@@ -5,7 +5,7 @@ import threading
 from types import ModuleType
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_distill import DistillError
@@ -107,6 +107,7 @@ def test_answers_outside_of_the_main_thread_are_an_error_and_not_set_aside():
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
+@settings(deadline=None)
 def test_numbers_are_compared_to_six_decimals(number, other):
     filters = Reference(compare="numeric")
     assert filters.keep(row(f"It is {number!r}", reference=repr(number)))
@@ -147,6 +148,7 @@ def naive_majority(answers):
 
 
 @given(st.lists(st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size=6), min_size=1, max_size=4))
+@settings(deadline=None)
 def test_majority_vote_equals_a_naive_count(groups):
     rows = sampled(*groups)
     expected = {}
@@ -163,6 +165,7 @@ def test_majority_vote_equals_a_naive_count(groups):
 
 
 @given(st.lists(st.lists(st.integers(-3, 0), min_size=1, max_size=5), min_size=1, max_size=4), st.integers(1, 3))
+@settings(deadline=None)
 def test_best_of_n_keeps_the_highest_scores_of_each_prompt(groups, keep):
     rows = [
         row(str(i), prompt=f"prompt {number}", logprob=float(score))

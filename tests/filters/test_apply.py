@@ -4,7 +4,7 @@ import sys
 from types import ModuleType
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -156,6 +156,7 @@ def test_a_users_module_is_found_in_the_current_folder(tmp_path, monkeypatch):
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["stop", "length"]), st.integers(0, 4)), min_size=1))
+@settings(deadline=None)
 def test_counts_add_up_and_equal_a_naive_loop(values):
     rows = [row(text * number, finish_reason=reason) for text, reason, number in values]
     steps = filters("unfinished", {"name": "length", "min_characters": 1}, "exact_duplicates")
