@@ -218,8 +218,6 @@ class DistillArguments:
 
     def _cross_tokenizer_problems(self) -> list[str]:
         """Describe what is wrong with `cross_tokenizer`, apart from the options of its loss."""
-        if not (self.cross_tokenizer and isinstance(self.cross_tokenizer, dict | str)):
-            return [f"cross_tokenizer is {self.cross_tokenizer!r}; it must be a name or {{name, **options}}"]
         if self.divergence not in (None, DIVERGENCE, type(self).__dataclass_fields__["divergence"].default):
             return [
                 f"divergence is {self.divergence!r} and cross_tokenizer is {self.cross_tokenizer!r}, which takes the "
@@ -283,6 +281,8 @@ class DistillArguments:
         """
         losses, defaults = cast("list[dict]", self.losses or []), output_type or DISTRIBUTION_OUTPUTS
         soft_loss = self.soft_loss or defaults.soft_loss
+        if self.cross_tokenizer is not None:
+            _check_compares_chunks(self.cross_tokenizer)
         alpha = 1.0 if defaults.hard_loss is None and self.alpha == ALPHA else self.alpha
         terms = objective(alpha, self.loss_temperature, soft_loss, losses, label_smoothing, defaults.hard_loss)
         terms = self._with_origins(terms, soft_loss, label_smoothing, defaults.hard_loss)
@@ -302,12 +302,6 @@ class DistillArguments:
             raise DistillError(
                 f"{', '.join(of_chunks)} compares spans of text with a teacher of another tokenizer, and "
                 f"cross_tokenizer is not set: set cross_tokenizer={of_chunks[0]!r}, or remove the loss"
-            )
-        if self.cross_tokenizer is not None and not terms[0].loss.compares_chunks:
-            known = [name for name, loss in LOSSES.items() if loss.compares_chunks]
-            raise DistillError(
-                f"cross_tokenizer is {terms[0].loss.name!r}, which compares ids of one tokenizer: use one of "
-                f"{', '.join(known)}"
             )
         return terms
 
@@ -358,6 +352,25 @@ def distill_arguments(args: object) -> dict[str, object]:
     """Return copies of the `DistillArguments` fields of any training arguments; empty for plain `TrainingArguments`."""
     names = [item.name for item in fields(DistillArguments)] if isinstance(args, DistillArguments) else []
     return {name: copy.deepcopy(getattr(args, name)) for name in names}
+
+
+def _check_compares_chunks(loss: object) -> None:
+    """Check that `cross_tokenizer` names a loss on chunks.
+
+    Raises:
+        DistillError: it does not; the message has the names of those losses.
+    """
+    name = loss.get("name") if isinstance(loss, dict) else loss
+    known = [each for each, of_name in LOSSES.items() if of_name.compares_chunks]
+    if not isinstance(name, str) or name not in LOSSES:
+        raise DistillError(
+            f"cross_tokenizer is {loss!r}, which names no known loss: use one of {', '.join(known)}, or "
+            "{name, **options}"
+        )
+    if name not in known:
+        of_ids = LOSSES[name].compares and not LOSSES[name].feature
+        reason = "compares ids of one tokenizer" if of_ids else "does not compare text"
+        raise DistillError(f"cross_tokenizer is {name!r}, which {reason}: use one of {', '.join(known)}")
 
 
 def _backend_problems(backend: object) -> list[str]:

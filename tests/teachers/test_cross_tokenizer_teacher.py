@@ -238,9 +238,17 @@ def test_a_different_tokenizer_is_an_error_that_names_the_option(tokenizers, tmp
     [
         ({"divergence": "js"}, "divergence is 'js' and cross_tokenizer is 'alm'"),
         ({"cross_tokenizer": "js"}, "compares ids of one tokenizer"),
+        ({"cross_tokenizer": "almm"}, "cross_tokenizer is 'almm', which names no known loss: use one of alm, proj"),
+        ({"cross_tokenizer": {"tau": 2.0}}, "cross_tokenizer is .'tau': 2.0., which names no known loss: use one of"),
+        ({"cross_tokenizer": "hidden_mse"}, "'hidden_mse', which does not compare text: use one of alm, projected_kl"),
+        ({"cross_tokenizer": "cross_entropy"}, "'cross_entropy', which does not compare text: use one of alm, pro"),
         ({"cross_tokenizer": None, "divergence": "alm"}, "cross_tokenizer is not set"),
         ({"cross_tokenizer": {"name": "alm", "tao": 1}}, "tau"),
-        ({"cross_tokenizer": 3}, "must be a name"),
+        (
+            {"cross_tokenizer": 3},
+            "cross_tokenizer is 3, which names no known loss: use one of alm, projected_kl, uld, or",
+        ),
+        ({"cross_tokenizer": ""}, "cross_tokenizer is '', which names no known loss"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path, options, message):
