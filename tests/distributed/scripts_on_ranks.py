@@ -15,7 +15,18 @@ import numpy as np
 import torch
 import transformers as tf
 from datasets import Dataset
-from example_scripts import DISTILLING, ENCODER, SCRIPTS, Situation, built, speech_recognition_ctc, split
+from example_scripts import (
+    DISTILLING,
+    ENCODER,
+    SCRIPTS,
+    Situation,
+    bert,
+    built,
+    speech_recognition_ctc,
+    split,
+    text_pairs,
+    tokenizer,
+)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -75,9 +86,17 @@ def two_image_sizes() -> Situation:
     return Situation(model, split(Dataset.from_list(rows)) | {"data_collator": collator}, dispatching)
 
 
+def sentence_encoder() -> Situation:
+    """A BERT without a head, whose pooler the loss does not read, on rows without labels."""
+    rows = text_pairs(lambda i: i).remove_columns(["label", "idx", "sentence1", "sentence2"])
+    fields = {"losses": [{"name": "embedding_mse", "pooling": "cls"}]}
+    data = split(rows) | {"data_collator": tf.DataCollatorWithPadding(tokenizer())}
+    return Situation(lambda seed=0, layers=2: bert(tf.BertModel, seed, layers), data, fields)
+
+
 def run(name: str) -> dict:
     """Train and evaluate; return the logs, the metrics and a sum over the weights."""
-    others = {each.__name__: each for each in (any_module, two_image_sizes, speech_recognition_ctc)}
+    others = {each.__name__: each for each in (any_module, two_image_sizes, speech_recognition_ctc, sentence_encoder)}
     situation = (SCRIPTS | others)[name]()
     cls, config = DISTILLING[situation.base]
     args = config(
@@ -104,9 +123,10 @@ def run(name: str) -> dict:
     metrics = trainer.evaluate()
     logs = [log for log in trainer.state.log_history if "soft_loss" in log and "loss" in log]
     weights = torch.stack([p.detach().double().abs().sum() for p in trainer.model.parameters()])
+    names = ("loss", "soft_loss", "hard_loss", "grad_norm")
     return {
         "world": trainer.accelerator.num_processes,
-        "log": [{k: float(log[k]) for k in ("loss", "soft_loss", "hard_loss", "grad_norm")} for log in logs],
+        "log": [{k: float(log[k]) for k in names if k in log} for log in logs],
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "time" not in k},
         "weights": weights.tolist(),
     }

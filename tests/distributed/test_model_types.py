@@ -16,6 +16,7 @@ NAMES = (
     "any_module",
     "two_image_sizes",
     "speech_recognition_ctc",
+    "sentence_encoder",
 )
 
 
