@@ -2,8 +2,8 @@
 
 python benchmarks/embeddings.py [STEPS]     writes results/embeddings.json
 
-The control is the same student without training: the blocks of the teacher that the student starts with. All numbers are on
-held-out topics of Python's documentation, which is part of Python.
+The control is the same student without training: the blocks of the teacher that the student starts with. All numbers
+are on held-out topics of Python's documentation, which is part of Python.
 """
 
 import json
