@@ -248,7 +248,7 @@ class Features:
 
 def _resolve_term(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTerm:
     student_stack, teacher_stack = get_layer_stack(student, term.stack), teacher(term)
-    if student_stack.layerdrop is not None:
+    if student_stack.layerdrop is not None and term.loss.feature != EMBEDDING:
         raise DistillError(
             f"{term.name} compares blocks of the student, and `{student_stack.layerdrop}` of its config skips blocks "
             f"at random in training, which then have no output: load the student with {student_stack.layerdrop}=0.0, "

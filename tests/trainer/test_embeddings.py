@@ -380,6 +380,15 @@ def test_other_numbers_of_patches_or_frames_are_refused(name):
             distiller(student, frozen, batch)
 
 
+def test_embeddings_are_compared_with_layerdrop():
+    """It skips blocks of a student at random, and the last hidden states exist in any case."""
+    student, teacher = wav2vec2(0, layerdrop=1.0).train(), wav2vec2(1)
+    distiller, frozen = distiller_for(student, teacher, losses=[{"name": "embedding_cosine"}])
+    assert distiller(student, frozen, sound()).loss.isfinite()
+    with pytest.raises(DistillError, match="layerdrop"):
+        distiller_for(student, teacher, losses=[{"name": "hidden_mse"}])
+
+
 def test_embeddings_of_other_numbers_of_patches_can_be_compared():
     student, teacher = vit(0), vit(1, patch=2)
     distiller, frozen = distiller_for(student, teacher, losses=[{"name": "embedding_cosine"}])
