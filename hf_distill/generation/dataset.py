@@ -72,6 +72,15 @@ def make_rows(
     return rows
 
 
+def column_names(sources: Sequence[SourceRow], reasoning: str, log_probs: bool) -> list[str]:
+    """Return the columns that `make_rows` will give, for filters: without the ones that have no values."""
+    absent = set[str]() if log_probs else {"logprob"}
+    absent |= set[str]() if reasoning == "column" else {REASONING}
+    absent |= set[str]() if any(source.reference is not None for source in sources) else {REFERENCE}
+    of_sources = dict.fromkeys(name for source in sources for name in source.columns)
+    return [*dict.fromkeys([*(name for name in COLUMNS if name not in absent), *of_sources])]
+
+
 def make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Return rows as a table: the columns of `COLUMNS` first; a column that a row does not have is null.
 

@@ -4,6 +4,7 @@
     DIR/.completions/part-N.parquet    the completions of a part, before any filter
     DIR/data/train-*.parquet       the data set, written when all parts are there
     DIR/README.md                  its card
+    DIR/set_aside.parquet          rows for which a filter raised an exception, with the exception
 
 A part is written to a temporary file, flushed and renamed. A process that is killed at any time therefore leaves
 complete parts only, and the next one generates the missing parts. Libraries ignore folders whose names begin with a
@@ -25,7 +26,7 @@ from ..core.run_files import GENERATION
 from ..errors import DistillError
 from .completion import Completion, Part
 
-PARTS, DATA, CARD = ".completions", "data", "README.md"
+PARTS, DATA, CARD, SET_ASIDE = ".completions", "data", "README.md", "set_aside.parquet"
 _ROWS_PER_FILE = 100_000
 _SCHEMA = pa.schema(
     {
@@ -113,8 +114,8 @@ class CompletionStore:
                 completions += [Completion(**row) for row in pq.read_table(self._file(part)).to_pylist()]
         return completions
 
-    def publish(self, table: pa.Table, card: str) -> None:
-        """Write the data set and its card in place of those that are there.
+    def publish(self, table: pa.Table, card: str, set_aside: pa.Table | None = None) -> None:
+        """Write the data set, its card and the rows that a filter could not judge in place of those that are there.
 
         A process that is killed in between leaves the completions, from which the next one writes them again.
         """
@@ -131,6 +132,12 @@ class CompletionStore:
             data.replace(old)
         new.replace(data)
         write_atomic(self.folder / CARD, card)
+        file = self.folder / SET_ASIDE
+        if set_aside is None:
+            file.unlink(missing_ok=True)
+        else:
+            with atomic_path(file) as temporary:
+                pq.write_table(set_aside, temporary)
         flush(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 

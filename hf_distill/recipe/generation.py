@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError
+from .filters import FilterSpec, SelectSpec
 
 SERVER_OPTIONS = ("url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds")
 _LOCAL_OPTIONS = ("batching", "batch_size")
@@ -58,6 +59,15 @@ class Generation(StrictModel):
         True,
         description="Record the mean log-probability of the tokens of each completion in the column logprob. "
         "Default: true.",
+    )
+    filters: list[FilterSpec] = Field(
+        default_factory=list,
+        description="Filters of the completions, which are applied in order. A name is short for {name: ...}. The "
+        "completions that they remove stay in the folder, so that other filters need no new generation. Default: none.",
+    )
+    select: SelectSpec | None = Field(
+        None,
+        description="Selection among the samples of each prompt, after the filters. Default (null): all samples.",
     )
     overflow: Literal["error", "drop"] = Field(
         "error",
@@ -137,6 +147,8 @@ class Generation(StrictModel):
             other = (*other, "batching")
         if wrong := [name for name in other if name in self.model_fields_set and getattr(self, name) is not None]:
             problems.append(f"backend {self.backend} does not use {', '.join(wrong)}: remove it")
+        if self.select is not None and self.samples == 1:
+            problems.append("select chooses among the samples of a prompt, and there is one: raise samples")
         if self.samples > 1 and not self.temperature:
             problems.append("temperature 0 gives the same completion each time: set samples to 1, or raise temperature")
         if problems:

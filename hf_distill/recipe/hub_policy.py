@@ -164,7 +164,10 @@ def _teacher(spec: TeacherSpec, location: str) -> Iterator[str]:
 
 
 def _generation(recipe: Recipe) -> Iterator[str]:
-    for name in SERVER_KEYS if recipe.generate else ():
+    if recipe.generate is None:
+        return
+    yield from filter_violations(recipe.generate.filters, recipe.generate.select)
+    for name in SERVER_KEYS:
         if getattr(recipe.generate, name) is not None:
             yield (
                 f"generate.{name}: an untrusted recipe may not name a server or a key, because the prompts are sent to "

@@ -21,13 +21,14 @@ from ..core.references import public_name, reference_kind
 from ..data.load import load_columns
 from ..data.training_templates import training_template
 from ..errors import DistillError
+from ..filters import StepCount, apply_filters, check_filters
 from ..generation.backends.api import Backend
 from ..generation.backends.local import TransformersBackend
 from ..generation.backends.server import ServerBackend
 from ..generation.backends.vllm import VLLMBackend
 from ..generation.card import CardFacts, render_card
 from ..generation.completion import Completion, Part, Prompt, Request, SamplingSettings, make_parts
-from ..generation.dataset import make_rows, make_table
+from ..generation.dataset import column_names, make_rows, make_table
 from ..generation.progress import GenerationProgress, ProgressMeter
 from ..generation.prompts import PromptRenderer, SourceRow, read_source, with_system_prompt
 from ..generation.reasoning import ends_with_open_tag
@@ -44,7 +45,7 @@ from .teacher_only import static_teacher_spec
 logger = logging.get_logger(__name__)
 _NO_IDENTITY = {
     *("backend", "url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size"),
-    *("reasoning", "reasoning_tags"),
+    *("reasoning", "reasoning_tags", "filters", "select"),
 }  # keys of `generate` that do not change the completions, or are part of the identity of the backend
 
 
@@ -53,15 +54,17 @@ class GeneratedData:
     """What a generation has written.
 
     folder:      the folder
-    completions: number of rows
+    completions: number of generated completions
+    rows:        number of rows that the filters kept
     tokens:      number of generated tokens
-    unfinished:  number of completions that were cut off at max_new_tokens
+    counts:      counts of each filter, the selection last
     """
 
     folder: Path
     completions: int
+    rows: int
     tokens: int
-    unfinished: int
+    counts: list[StepCount]
 
 
 def generate_data(
@@ -94,6 +97,7 @@ def generate_data(
     options = recipe.generate or Generation.model_validate({})
     on_stage("Reading the prompts")
     sources = read_prompts(recipe, options)
+    check_filters(options.filters, options.select, column_names(sources, options.reasoning, options.log_probs))
     with lock_folder(Path(folder), "a generation"):
         if options.backend == "server":
             opened: dict[int, bool] = {}
@@ -250,17 +254,26 @@ def _generate(
     _complete(store, backend, missing, ProgressMeter(total, done, on_progress))
     completions = store.read()
     rows = make_rows(sources, completions, options.reasoning, options.reasoning_tags, opened)
+    set_aside, counts = list[dict[str, Any]](), list[StepCount]()
+    if options.filters or options.select:
+        on_stage("Filtering")
+        filtered = apply_filters(rows, options.filters, options.select)
+        counts, set_aside = filtered.counts, list(filtered.set_aside_rows(rows))
+        rows = list(filtered.kept_rows(rows))
+        for count in counts:
+            failed = f", and {count.set_aside:,} raised an exception" if count.set_aside else ""
+            on_stage(f"{count.label}: removed {count.removed:,} of {count.given:,}{failed}")
     table = make_table(rows)
     on_stage(f"Writing {len(rows):,} rows")
-    unfinished = sum(each.finish_reason == "length" for each in completions)
-    store.publish(table, render_card(_card_facts(recipe, options, sources, backend, completions, table.column_names)))
-    if unfinished:
+    card = _card_facts(options, sources, backend, completions, counts, rows, table.column_names)
+    store.publish(table, render_card(card), make_table(set_aside) if set_aside else None)
+    if unfinished := sum(row["finish_reason"] == "length" for row in rows):
         logger.warning(
-            f"{unfinished:,} of {len(completions):,} completions were cut off at generate.max_new_tokens = "
-            f"{options.max_new_tokens}: a student trained on them learns to end there. Raise it, or leave out the rows "
-            "whose finish_reason is length."
+            f"{unfinished:,} of {len(rows):,} completions were cut off at generate.max_new_tokens = "
+            f"{options.max_new_tokens}: a student trained on them learns to end there. Raise it, or add the filter "
+            "unfinished."
         )
-    return GeneratedData(folder, len(rows), sum(each.tokens for each in completions), unfinished)
+    return GeneratedData(folder, len(completions), len(rows), sum(each.tokens for each in completions), counts)
 
 
 def _complete(store: CompletionStore, backend: Backend, missing: Sequence[Part], meter: ProgressMeter) -> None:
@@ -283,17 +296,18 @@ def _identity(recipe: Recipe, options: Generation, prompts: Sequence[Prompt], ba
 
 
 def _card_facts(
-    recipe: Recipe,
     options: Generation,
     sources: Sequence[SourceRow],
     backend: Backend,
     completions: Sequence[Completion],
+    steps: Sequence[StepCount],
+    rows: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
 ) -> CardFacts:
     identity = backend.identity()
     model = str(identity["model"])
     unset = {name for name, value in options.model_dump().items() if value is None or value == []}
-    settings = options.model_dump(mode="json", exclude={"url", "api_key_env", "model", *unset})
+    settings = options.model_dump(mode="json", exclude={"url", "api_key_env", "model", "filters", "select", *unset})
     settings |= {"revision": identity.get("revision"), "log-probabilities": backend.log_prob_distribution}
     tokens = sum(each.tokens for each in completions)
     counts: dict[str, int | float] = {
@@ -301,6 +315,7 @@ def _card_facts(
         "completions": len(completions),
         "of these cut off at max_new_tokens": sum(each.finish_reason == "length" for each in completions),
         "generated tokens": tokens,
+        "rows": len(rows),
         "tokens per completion": round(tokens / max(len(completions), 1), 1),
     }
     return CardFacts(
@@ -311,4 +326,5 @@ def _card_facts(
         sources=Counter(row.prompt.source for row in sources),
         counts=counts,
         columns=columns,
+        filters=[step.as_json() for step in steps],
     )

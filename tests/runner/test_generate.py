@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from servers.teacher_servers import CompletionServer
@@ -64,7 +65,7 @@ def test_a_run_trains_on_the_completions_and_on_nothing_else(rows, recipe_of, tm
     recipe = recipe_of(rows, samples=2)
     data = generate_data(recipe, str(tmp_path / "out"))
     generated = rows_of(data.folder)
-    assert data.completions == len(generated) == 10
+    assert data.completions == data.rows == len(generated) == 10
     assert [(row["row"], row["sample"]) for row in generated] == [(i, j) for i in range(5) for j in range(2)]
     assert [row["reference"].strip() for row in generated[::2]] == [f"reference {i}" for i in range(5)]
     if rows is CONVERSATIONS:
@@ -145,6 +146,49 @@ def test_the_card_states_model_settings_and_counts(recipe_of, tmp_path):
     assert "The license of the model may restrict the use of its outputs" in card
 
 
+def test_other_filters_need_no_new_generation(recipe_of, tmp_path, monkeypatch):
+    """The filter `function` raises for one row, which is set aside; `best_of_n` keeps one sample of each prompt."""
+    (tmp_path / "judge_of_test.py").write_text("def judge(row):\n    return 1 / row['row'] > 0.3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    generate_data(recipe_of(TEXTS, samples=2), str(tmp_path / "out"))
+    everything = rows_of(tmp_path / "out")
+    monkeypatch.setattr(local.TransformersBackend, "_padded", None)  # it must not generate
+    steps = {"filters": [{"name": "function", "function": "judge_of_test:judge"}], "select": "best_of_n"}
+    stages = []
+    data = generate_data(recipe_of(TEXTS, samples=2, **steps), str(tmp_path / "out"), True, stages.append)
+    rows = rows_of(tmp_path / "out")
+    best = [max((row for row in everything if row["row"] == i), key=lambda row: row["logprob"]) for i in (1, 2, 3)]
+    assert [(row["row"], row["sample"]) for row in rows] == [(row["row"], row["sample"]) for row in best]
+    assert (data.completions, data.rows) == (10, 3)
+    aside = pq.read_table(tmp_path / "out" / "set_aside.parquet").to_pylist()
+    assert [(row["row"], row["sample"]) for row in aside] == [(0, 0), (0, 1)]
+    assert "ZeroDivisionError" in aside[0]["error"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert [line.split(" | ")[-4:] for line in card.splitlines() if line.startswith(("| function", "| best_of"))] == [
+        ["10", "2", "2", "6 |"],
+        ["6", "3", "0", "3 |"],
+    ]
+    assert any("removed 2 of 10, and 2 raised an exception" in stage for stage in stages)
+    generate_data(recipe_of(TEXTS, samples=2), str(tmp_path / "out"), True)
+    assert rows_of(tmp_path / "out") == everything
+    assert not (tmp_path / "out" / "set_aside.parquet").exists()
+
+
+def test_filters_that_leave_nothing_are_an_error_that_names_them_and_keep_the_completions(recipe_of, tmp_path):
+    filters = [{"name": "length", "min_tokens": 100}]
+    with pytest.raises(DistillError, match=r"length.*5"):
+        generate_data(recipe_of(TEXTS, filters=filters), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "data").exists()
+    assert generate_data(recipe_of(TEXTS), str(tmp_path / "out"), resume=True).rows == 5
+
+
+def test_a_filter_on_a_missing_column_is_an_error_before_the_generation(recipe_of, tmp_path):
+    recipe = recipe_of(TEXTS, samples=2, log_probs=False, select="best_of_n")
+    with pytest.raises(DistillError, match=r"best_of_n by logprob reads the column 'logprob'"):
+        generate_data(recipe, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("rows", "generate", "message"),
     [
@@ -182,6 +226,8 @@ def test_a_template_without_a_generation_prompt_is_refused(recipe_of, tmp_path):
         ({"samples": 2, "temperature": 0}, "temperature 0 gives the same completion each time"),
         ({"backend": "server"}, "backend server does not use batching"),
         ({"url": "http://127.0.0.1:1"}, "backend transformers does not use url"),
+        ({"select": "best_of_n"}, "select chooses among the samples of a prompt, and there is one"),
+        ({"filters": ["lenght"]}, "length"),
         ({"stop": [""]}, "the texts must not be empty"),
         ({"backend": "server", "batching": None, "url": "http://u:p@host"}, "contains credentials"),
     ],

@@ -39,8 +39,8 @@ def generate(
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         data = generate_data(loaded, output, resume, progress.log_stage, progress.update_generation)
     out.print(
-        f"{data.folder}: {data.completions:,} completions with {data.tokens:,} tokens. Train on them: hf-distill run "
-        f"{recipe} data.task.path={data.folder}",
+        f"{data.folder}: {data.rows:,} rows of {data.completions:,} completions with {data.tokens:,} tokens. Train on "
+        f"them: hf-distill run {recipe} data.task.path={data.folder}",
         soft_wrap=True,
         highlight=False,
     )
