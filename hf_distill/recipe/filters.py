@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, GetJsonSchemaHandler, Tag, ValidationError
 from pydantic.json_schema import JsonSchemaValue
@@ -64,6 +64,7 @@ def _one_of(steps: Mapping[str, type[RowFilter] | type[Selection]]) -> Any:
 
 
 if TYPE_CHECKING:
-    FilterSpec, SelectSpec = RowFilter, Selection
+    FilterSpec: TypeAlias = RowFilter
+    SelectSpec: TypeAlias = Selection
 else:
     FilterSpec, SelectSpec = _one_of(FILTERS), _one_of(SELECTIONS)
