@@ -148,7 +148,6 @@ def test_banned_ngrams_are_whole_words():
 
 @given(TOKENS, TOKENS, st.lists(TOKENS, min_size=1, max_size=3), st.integers(1, 4), st.data())
 @settings(max_examples=200, deadline=None)
-@settings(deadline=None)
 def test_decontamination_equals_a_naive_search(prompt, completion, texts, n, data):
     min_words = data.draw(st.integers(1, n))
     filters = Decontaminate(data=[{"path": "x"}], n=n, min_words=min_words)
