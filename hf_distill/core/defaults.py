@@ -26,9 +26,13 @@ SHARD_ROWS = 256
 
 # Data.
 SPLIT = "train"
+EVALUATION_SPLIT = "test"
 OVERFLOW: Final = "truncate"
 STOPPING_STRATEGY: Final = "first_exhausted"
 PREVIEWED_ROWS = 3
+
+# Generation.
+MAX_NEW_TOKENS = 512
 
 # Planning.
 MODEL_FLOP_UTILIZATION = 0.4

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from xxhash import xxh3_64_intdigest
 
+from ..core.defaults import EVALUATION_SPLIT
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError, did_you_mean
 from .base import RowFilter
@@ -20,7 +21,9 @@ class EvaluationTexts(StrictModel):
         description="Dataset id on the Hub; path to a .txt, .jsonl, .json, .csv, .parquet or .arrow file; or "
         "save_to_disk folder."
     )
-    split: str = Field("test", description="Split of the dataset. Default: test. Files have no splits.")
+    split: str = Field(
+        EVALUATION_SPLIT, description=f"Split of the dataset. Default: {EVALUATION_SPLIT}. Files have no splits."
+    )
     name: str | None = Field(None, description="Configuration (subset) of the dataset. Default: the dataset's default.")
     columns: list[str] | None = Field(
         None, min_length=1, description="Columns that are compared. Default (null): all columns with text."

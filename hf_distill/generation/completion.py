@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal, TypeAlias
 
+from ..core.defaults import MAX_NEW_TOKENS
+
 FinishReason: TypeAlias = Literal["stop", "length"]
 _SEED_BITS = 31  # servers and torch accept seeds of this size
 
@@ -40,7 +42,7 @@ class SamplingSettings:
 
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 512
+    max_new_tokens: int = MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
     log_probs: bool = True
 

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from ..core.defaults import OVERFLOW, SPLIT, STOPPING_STRATEGY
+from ..core.defaults import EVALUATION_SPLIT, OVERFLOW, SPLIT, STOPPING_STRATEGY
 from ..core.references import CHAT_TEMPLATES, TEMPLATE_SUFFIX
 from ..core.schedule import parse_schedule
 from ..core.strict_model import Name, StrictModel
@@ -65,7 +65,7 @@ class Eval(StrictModel):
     path: Name | None = Field(
         None, description="Dataset to evaluate on, as in data.task.path. Give either path or holdout."
     )
-    split: str = Field("test", description="Split of the dataset at path. Default: test.")
+    split: str = Field(EVALUATION_SPLIT, description=f"Split of the dataset at path. Default: {EVALUATION_SPLIT}.")
     name: str | None = Field(None, description="Configuration (subset) of the dataset at path.")
     column: str | None = Field(None, description="Column that holds the text of the dataset at path.")
     holdout: float | None = Field(

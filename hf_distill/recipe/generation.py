@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ..core.defaults import MAX_NEW_TOKENS
 from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError
@@ -30,7 +31,9 @@ class Generation(StrictModel):
         1.0, ge=0, description="Temperature at which the teacher samples, at least 0; 0 is greedy. Default: 1."
     )
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: top-p above 0 and at most 1. Default: 1.")
-    max_new_tokens: int = Field(512, gt=0, description="Largest number of tokens of a completion. Default: 512.")
+    max_new_tokens: int = Field(
+        MAX_NEW_TOKENS, gt=0, description=f"Largest number of tokens of a completion. Default: {MAX_NEW_TOKENS}."
+    )
     stop: list[str] = Field(
         default_factory=list,
         description="Texts at which a completion ends; they are not part of it. Default: none.",

@@ -118,7 +118,7 @@ def test_recipes_that_cannot_read_a_cache_are_refused(texts, overrides, why):
     ("overrides", "why"),
     [
         (["teacher={kind: ema}", "student={model: 'smoke:llama/student'}"], "has kind ema"),
-        (["losses=[{name: attention_kl}]"], "loss 'attention_kl' needs attention"),
+        (["losses=[{name: attention_kl}]"], "loss 'attention_kl' compares features of the kind attention"),
         (["teacher={kind: cached, path: c}", "student={model: 'smoke:llama/student'}"], "is a cache without a source"),
     ],
 )
