@@ -39,6 +39,30 @@ def wrong_arguments(trainer_class: type, loads_models: bool, model: object, args
         problems.append(f"model has the type {type(model).__name__}. Pass the student, a transformers model")
     if args is not None and not isinstance(args, TrainingArguments):
         problems.append(f"args has the type {type(args).__name__}. Pass a DistillConfig or TrainingArguments")
+    if isinstance(model, nn.Module) and isinstance(args, TrainingArguments):
+        problems += _missing_methods(model, args)
+    return problems
+
+
+def _missing_methods(model: nn.Module, args: TrainingArguments) -> list[str]:
+    """Describe arguments of a Trainer that call methods of transformers models which a student does not have."""
+    name, problems = type(model).__name__, []
+    if args.label_smoothing_factor and not hasattr(model, "config"):
+        problems.append(
+            f"label_smoothing_factor is {args.label_smoothing_factor}, for which Trainer reads the config of the "
+            f"model, and a {name} has none. Set it to 0, or give the module a `config` (a PretrainedConfig)"
+        )
+    is_checkpointed = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+    if is_checkpointed and not hasattr(model, "gradient_checkpointing_enable"):
+        problems.append(
+            f"gradient_checkpointing is True, and a {name} has no gradient_checkpointing_enable. Leave it out, or call "
+            "torch.utils.checkpoint in the forward of the module"
+        )
+    if getattr(args, "predict_with_generate", False) and not hasattr(model, "generate"):
+        problems.append(
+            f"predict_with_generate is True, and a {name} does not generate. Leave it out: `evaluate` then returns the "
+            "metrics of the type of the model"
+        )
     return problems
 
 

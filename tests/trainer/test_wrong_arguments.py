@@ -1,10 +1,11 @@
 """Arguments of a wrong type or value raise a DistillError that names them before training starts."""
 
 import pytest
+import torch
 from tiny import build, collate, rows
 from transformers import TrainingArguments
 
-from hf_distill import DistillConfig, DistillError, DistillSeq2SeqConfig, DistillTrainer
+from hf_distill import DistillConfig, DistillError, DistillSeq2SeqConfig, DistillSeq2SeqTrainer, DistillTrainer
 from hf_distill.teachers import EMATeacher
 
 WRONG = [None, "a", "", "[", 1.5, float("nan"), [], [1], {"a": 1}, object()]
@@ -142,3 +143,17 @@ def test_an_encoder_is_not_shared_by_a_trainer_that_ignores_the_option(tmp_path)
     args = DistillSeq2SeqConfig(str(tmp_path), share_encoder=True)
     with pytest.raises(DistillError, match="share_encoder=True is an option of DistillSeq2SeqTrainer, and DistillTrai"):
         trainer(tmp_path, args=args)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, .* a Linear has none"),
+        ({"gradient_checkpointing": True}, "a Linear has no gradient_checkpointing_enable"),
+        ({"predict_with_generate": True}, "a Linear does not generate"),
+    ],
+)
+def test_arguments_that_need_a_transformers_model_are_refused_for_a_module(tmp_path, fields, message):
+    args = DistillSeq2SeqConfig(str(tmp_path), use_cpu=True, report_to=[], **fields)
+    with pytest.raises(DistillError, match=message):
+        DistillSeq2SeqTrainer(torch.nn.Linear(2, 2), args)
