@@ -100,6 +100,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python trl_sft.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python data.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python features.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python model_types.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_profile.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantized_teacher.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python sharded_teacher.py

@@ -1,7 +1,8 @@
 """Measure a step of classifiers and question answering beside a `Trainer` whose `compute_loss` runs the teacher.
 
 The compared trainer is the one of the guides: it adds the teacher's forward and the KL in a few lines. BERT of 12 and 6
-blocks of width 384 with 8 rows of 128 tokens, ViT of 12 and 6 blocks of width 192 with 8 images of 224 pixels.
+blocks of width 384 with 8 rows of 128 tokens, ViT of 12 and 6 blocks of width 192 with 8 images of 224 pixels. The
+figures are CPU seconds of one thread.
 
     python benchmarks/model_types.py [rounds]
 """
@@ -88,22 +89,23 @@ class TrainerOfTheGuides(Trainer):
 
 
 class Clock(TrainerCallback):
-    """Measures the seconds of each step."""
+    """Measures the CPU seconds of each step; unlike the time, they hardly depend on what else the machine does."""
 
     def __init__(self):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(time.process_time() - self.start)
 
 
 def step(case: dict) -> dict:
     """Train for some steps and return the median of their seconds."""
     from hf_distill import DistillConfig, DistillTrainer
 
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     student, teacher = (MODELS[case["outputs"]](layers) for layers in (6, 12))
     is_ours = case["trainer"] == "DistillTrainer"

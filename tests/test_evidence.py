@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CELLS_OF_SCRIPTS = ("encoder", "digits", "whisper")
 PEAK = "peak_mib_over_what_stays"
 
 
@@ -35,7 +36,9 @@ def test_every_run_has_a_result_with_its_environment(report):
     results = report.results()
     cells = importlib.import_module("cells")
     expected = {*cells.runs(), ("before", 0)}
-    expected |= {(name, seed) for seed in cells.SEEDS for name in ("encoder", *(f"peer_{who}" for who in cells.PEERS))}
+    expected |= {
+        (name, seed) for seed in cells.SEEDS for name in (*CELLS_OF_SCRIPTS, *(f"peer_{who}" for who in cells.PEERS))
+    }
     assert expected == results.keys()
     assert all({"torch", "transformers", "cpu_count"} <= result["environment"].keys() for result in results.values())
 

@@ -68,6 +68,8 @@ def jobs() -> Iterator[Workload]:
         yield Workload(name, seed, ["run.py", name, str(seed)])
     for seed in SEEDS:
         yield Workload("encoder", seed, ["encoder.py", str(seed)])
+        yield Workload("digits", seed, ["digits.py", str(seed)])
+        yield Workload("whisper", seed, ["whisper.py", str(seed)])
     for seed in SEEDS:
         for who in PEERS:
             yield Workload(f"peer_{who}", seed, ["peers.py", who, str(seed)], alone=True)

