@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CELLS_OF_SCRIPTS = ("encoder", "digits", "whisper")
+CELLS_OF_SCRIPTS = ("encoder", "digits", "relevance", "whisper")
 PEAK = "peak_mib_over_what_stays"
 
 

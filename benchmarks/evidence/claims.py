@@ -21,6 +21,7 @@ def claims(results: Results) -> str:
         draws, top_12, cached, mixed, quality_of_peers, pace_of_peers, memory_of_peers,
         partial(with_teacher, "encoder", "text classifier", "accuracy"),
         partial(with_teacher, "digits", "image classifier", "accuracy"),
+        partial(with_teacher, "relevance", "regression model", "rank correlation"),
         partial(with_teacher, "whisper", "speech recognizer", "word error rate"),
     )  # fmt: skip
     return lines(("claim", "source", "measured here", "verdict"), [claim(results) for claim in made])

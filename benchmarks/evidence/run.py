@@ -69,6 +69,7 @@ def jobs() -> Iterator[Workload]:
     for seed in SEEDS:
         yield Workload("encoder", seed, ["encoder.py", str(seed)])
         yield Workload("digits", seed, ["digits.py", str(seed)])
+        yield Workload("relevance", seed, ["relevance.py", str(seed)])
         yield Workload("whisper", seed, ["whisper.py", str(seed)])
     for seed in SEEDS:
         for who in PEERS:

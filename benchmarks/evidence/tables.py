@@ -243,6 +243,7 @@ def other_types(results: Results) -> str:
     """The metric of each model type: of the teacher, the student that it teaches, and the student on labels alone."""
     settings = {
         "digits": "images of digits, ViT of 6 blocks into 2: accuracy",
+        "relevance": "relevance for a query, MiniLM of 6 layers into 2: rank correlation",
         "whisper": "speech, whisper-base with 2 of its 6 decoder layers: word error rate",
     }
     rows = []
