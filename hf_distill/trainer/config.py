@@ -290,7 +290,7 @@ class DistillArguments:
         if output_type is not None:
             problems = output_type.unfitting_losses(losses_of_all)
             problems += output_type.objective_problems(terms[0].loss, self.alpha)
-            if not output_type.has_temperature and self.temperature not in (None, TEMPERATURE):
+            if not output_type.has_temperature and self.temperature is not None:
                 problems.append(
                     f"temperature is {self.temperature}, and the outputs of the student are "
                     f"{OUTPUT_NAMES[output_type.outputs]}, which no temperature divides: leave temperature out"

@@ -52,4 +52,7 @@ def test_keys_that_have_no_meaning_for_the_task_are_refused(name, change, proble
 def test_keys_that_have_their_default_are_not_refused():
     """The recipe.yaml of a run has all of them."""
     for name in (TEXTS, IMAGES, SPEECH):
-        load_recipe(name, ["data.packing=false", "data.max_length=512", "student.lora=null", "on_policy=null"])
+        changed = load_recipe(
+            name, ["data.packing=false", "data.max_length=512", "student.lora=null", "on_policy=null"]
+        )
+        assert changed == load_recipe(name, ["data.max_length=512"])

@@ -616,9 +616,12 @@ def test_teachers_that_need_a_transformers_student_say_so(make_trainer, teacher,
 
 def test_a_teacher_sees_another_view_of_a_modules_batch(make_trainer):
     trainer = make_trainer(
-        model=Around(build("llama", 0)), model_type="causal_lm", teacher=MultiViewTeacher({"span_deletion": 0.2})
+        model=Around(build("llama", 0)), model_type="causal_lm", teacher=MultiViewTeacher({"prepend_context_tokens": 2})
     )
     trainer.train()
+    logs = [log["soft_loss"] for log in trainer.state.log_history if "soft_loss" in log]
+    assert len(logs) == 4
+    assert min(logs) > 0, "the teacher is the student, so only another view makes a difference"
 
 
 def test_a_data_parallel_wrapper_around_a_compiled_module_has_its_type(modules):

@@ -141,6 +141,7 @@ def test_margin_mse_trains_a_reranker_and_its_self_check_passes(regression):
     ("options", "message"),
     [
         (lambda: {"temperature": 3.0}, "temperature is 3.0, and .* real values"),
+        (lambda: {"temperature": 2.0}, "temperature is 2.0, and .* real values"),
         (lambda: {"divergence": "js"}, "js is for a distribution .* real values: use mse or margin_mse"),
         (lambda: {"divergence": "bernoulli_kl"}, "bernoulli_kl is for independent labels"),
         (lambda: {"label_smoothing_factor": 0.1}, "squared_error has no label smoothing"),
