@@ -1,6 +1,6 @@
 """Tokenization of conversations: a chat template renders them, and the assistant's turns become target tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,11 @@ ASSISTANT = "assistant"
 Tools: TypeAlias = list[dict] | None  # JSON schemas of functions
 Span = tuple[int, int]  # characters of a rendered conversation, the end excluded
 _PROBE = "What is 2 + 2?"
+# What transformers and the tokenizer give a template.
+_OWN_VARIABLES = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
+    + ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+)
 
 
 class Conversations:
@@ -84,13 +89,40 @@ class Conversations:
             mask = [bit and marked for bit, marked in zip(mask, self._encode_marked(messages, tools)[1], strict=True)]
         return ids, mask
 
-    def render(self, messages: Sequence[dict], tools: Tools = None, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[dict],
+        tools: Tools = None,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         """Return the text that the chat template renders of a conversation.
+
+        Args:
+            messages: list of `{"role": ..., "content": ...}`.
+            tools: JSON schemas of functions, for the template.
+            add_generation_prompt: whether the text ends with the header of an assistant's turn.
+            variables: further variables of the template, such as enable_thinking.
 
         Raises:
             DistillError: the template refuses the conversation.
         """
-        return self._apply(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        options = {**(variables or {}), "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return self._apply(messages, tools, **options)
+
+    def check_variables(self, names: Iterable[str]) -> None:
+        """Check that the template reads variables; others would have no effect.
+
+        Raises:
+            DistillError: it does not read one of them.
+        """
+        from transformers.utils.chat_template_utils import _get_template_variables
+
+        known = _get_template_variables(self.chat_template) - _OWN_VARIABLES
+        for name in names:
+            if name not in known:
+                others = f"; it reads {', '.join(sorted(known))}" if known else ""
+                raise DistillError(f"the chat template does not read the variable {name!r}{others}")
 
     def _apply(self, messages: Sequence[dict], tools: Tools, **options: object) -> Any:
         apply: Callable = self.tokenizer.apply_chat_template

@@ -1,6 +1,6 @@
 """Reads the prompts of data sources, and renders them to token ids for a model in this process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from ..errors import DistillError
 from .completion import Prompt
 
 REFERENCE = "reference"
+# Columns that the data set does not keep: it would be of another format, see `format_of`.
+_OTHER_FORMATS = ("input_ids", "messages", "prompt", "completion")
 _SYSTEM, _USER = "system", "user"
 
 
@@ -59,7 +61,7 @@ def read_source(rows: Dataset, source: str, first: int, as_chat: bool = False) -
             raise DistillError(f"data.{source}, row {number} (counted from 0), {error}") from error
         if as_chat and isinstance(content, str):
             content = [{"role": _USER, "content": content}]
-        others = {k: v for k, v in row.items() if k not in ("messages", "prompt", "completion")}
+        others = {k: v for k, v in row.items() if k not in _OTHER_FORMATS}
         yield SourceRow(Prompt(first + number, source, number, content, tools), reference, others)
 
 
@@ -114,29 +116,43 @@ class PromptRenderer:
     Args:
         tokenizer: the tokenizer.
         chat_template: Jinja source of the template for conversations; None: that of the tokenizer.
+        variables: further variables of the template, such as enable_thinking.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None):
-        self.tokenizer, self._chat_template = tokenizer, chat_template
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        variables: Mapping[str, object] | None = None,
+    ):
+        self.tokenizer, self._chat_template, self._variables = tokenizer, chat_template, variables or {}
         self._conversations: Conversations | None = None
 
     def text(self, prompt: Prompt) -> str:
         """Return the text that the model continues.
 
         Raises:
-            DistillError: there is no chat template, it cannot render the prompt, or it has no generation prompt.
+            DistillError: there is no chat template, it cannot render the prompt, it has no generation prompt, or it
+                does not read a variable.
         """
         if isinstance(prompt.content, str):
             return prompt.content
         if self._conversations is None:
             self._conversations = Conversations(self.tokenizer, self._chat_template)
+            try:
+                self._conversations.check_variables(self._variables)
+            except DistillError as error:
+                raise DistillError(f"generate.chat_template_kwargs: {error}.") from error
         conversations = self._conversations
         where = f"data.{prompt.source}, row {prompt.row} (counted from 0)"
         try:
             check_roles(prompt.content, conversations.chat_template, "prompt")
             messages = conversations.normalize(prompt.content)
-            text = conversations.render(messages, prompt.tools, add_generation_prompt=True)
-            if text == conversations.render(messages, prompt.tools) and messages[-1]["role"] != ASSISTANT:
+            text, without = (
+                conversations.render(messages, prompt.tools, add_generation_prompt, self._variables)
+                for add_generation_prompt in (True, False)
+            )
+            if text == without and messages[-1]["role"] != ASSISTANT:
                 raise DistillError(
                     "the chat template renders no generation prompt, so the model would not begin an answer: set "
                     "data.chat_template to a template that uses add_generation_prompt"

@@ -11,6 +11,18 @@ from ..core.strict_model import Name, StrictModel
 from ..errors import did_you_mean
 
 
+class LossWeight(StrictModel):
+    """How the losses of a row are weighted by one of its columns. A name is short for {column: ...}."""
+
+    column: str = Field(min_length=1, description="Column with a number in each row, such as score or logprob.")
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="The weight is exp(number / temperature), divided by the mean over all rows of the source. Default "
+        "(null): the weight is the number itself, which must be at least 0.",
+    )
+
+
 class Source(StrictModel):
     """A data source: a dataset id, a local file or save_to_disk folder, or a packaged text.
 
@@ -33,6 +45,11 @@ class Source(StrictModel):
         "...] with weights of at least 0 that are interpolated linearly over training progress from 0 to 1. "
         "Default: 1.",
     )
+    loss_weight: LossWeight | None = Field(
+        None,
+        description="Column by which the losses of each row are weighted: its name, or {column: ..., temperature: "
+        "...}. Not for text. Default (null): the column weight of the data, if it has one.",
+    )
     origin: Literal["teacher", "student", "data"] | None = Field(
         None,
         description="Who wrote the target tokens of this source, which distill.by_origin reads. Default (null): the "
@@ -50,6 +67,11 @@ class Source(StrictModel):
         False, description="Read the dataset as a stream, in its stored order. Needs train.max_steps. Default: false."
     )
 
+    @field_validator("loss_weight", mode="before", json_schema_input_type=str | LossWeight | None)
+    @classmethod
+    def _expand_column(cls, value: object) -> object:
+        return {"column": value} if isinstance(value, str) else value
+
     @field_validator("weight")
     @classmethod
     def _check_weight(cls, value: float | list[tuple[float, float]]) -> float | list[tuple[float, float]]:
@@ -57,6 +79,15 @@ class Source(StrictModel):
             raise ValueError("must be above 0; to exclude a source, remove it from data")
         parse_schedule(value, "weight", low=0)
         return value
+
+    @model_validator(mode="after")
+    def _check_loss_weight(self) -> Self:
+        if self.streaming and self.loss_weight is not None and self.loss_weight.temperature is not None:
+            raise ValueError(
+                "loss_weight.temperature needs the mean over all rows, which a stream does not give: set streaming to "
+                "false"
+            )
+        return self
 
 
 class Eval(StrictModel):

@@ -8,6 +8,7 @@ from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, try_to_loa
 
 from ..core.references import reference_kind
 from ..errors import DistillError
+from ..filters.contamination import Decontaminate
 from ..hub import model_files, parse_uri, translate_hub_errors
 from ..hub.model_files import ADAPTER, ADAPTER_WEIGHTS, check_adapter
 from .data import Eval, Source
@@ -62,6 +63,10 @@ def referenced_repos(recipe: Recipe) -> Iterator[tuple[str, str, str, str | None
     for name, data in sources.items():
         if data.path:
             yield f"data {name}", data.path, "dataset", None
+    filters = recipe.generate.filters if recipe.generate else ()
+    tasks = [texts for step in filters if isinstance(step, Decontaminate) for texts in step.data]
+    for number, texts in enumerate(tasks, 1):
+        yield f"decontamination data {number}", texts.path, "dataset", None
 
 
 def random_models(recipe: Recipe) -> list[str]:

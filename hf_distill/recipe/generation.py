@@ -12,6 +12,21 @@ from .filters import FilterSpec, SelectSpec
 
 SERVER_OPTIONS = ("url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds")
 _LOCAL_OPTIONS = ("batching", "batch_size")
+# Arguments of apply_chat_template that are no variables of the template, or are set by the generation.
+_TEMPLATE_ARGUMENTS = (
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *(
+        "continue_final_message",
+        "sanitize_control_tokens",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+    ),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
 
 
 class Generation(StrictModel):
@@ -48,6 +63,11 @@ class Generation(StrictModel):
         False,
         description="Send prompts that are texts as a user's turn; otherwise the teacher continues the text. "
         "Default: false.",
+    )
+    chat_template_kwargs: dict[str, object] = Field(
+        default_factory=dict,
+        description="Variables of the chat template that renders conversations, such as {enable_thinking: false}. "
+        "vLLM and SGLang servers read them; other servers may refuse or ignore them. Default: none.",
     )
     reasoning: Literal["keep", "remove", "column"] = Field(
         "keep",
@@ -139,6 +159,13 @@ class Generation(StrictModel):
     def _check_texts(cls, value: list[str] | tuple[str, str]) -> list[str] | tuple[str, str]:
         if not all(value):
             raise ValueError("the texts must not be empty")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_template_variables(cls, value: dict[str, object]) -> dict[str, object]:
+        if taken := [name for name in value if name in _TEMPLATE_ARGUMENTS]:
+            raise ValueError(f"{', '.join(taken)} cannot be set here: it gives variables of the chat template only")
         return value
 
     @model_validator(mode="after")

@@ -93,7 +93,13 @@ def smoke_values(recipe: Recipe) -> JSONObject:
 
 def _shrink_generation(generate: dict[str, Any]) -> None:
     """Reduce a generation to a few short completions of the tiny teacher, which needs no server."""
-    for name in (*SERVER_OPTIONS, "batching", "filters", "select"):  # filters would leave nothing of random text
+    for name in (
+        *SERVER_OPTIONS,
+        "batching",
+        "chat_template_kwargs",
+        "filters",
+        "select",
+    ):  # filters: all text is random
         generate.pop(name, None)
     generate |= {"backend": "transformers", "max_new_tokens": 8, "max_prompts": 8, "batch_size": 4}
 

@@ -152,6 +152,7 @@ _OF_SOURCES = {
     "column": "set data.columns, which names each of its columns",
     "assistant_only": "it reads no conversations",
     "origin": "nobody wrote its labels token by token",
+    "loss_weight": "its rows have no weights",
     "overflow": "it is for token sequences that are trained on as they are",
     "streaming": "its data sets are read as a whole, to check labels and lengths",
 }

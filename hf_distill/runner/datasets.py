@@ -30,6 +30,7 @@ from ..data import (
 )
 from ..data.formats import PARAPHRASE, TEACHER_PROMPT, TEXT, SecondPrompt
 from ..data.json_files import map_exactly
+from ..data.loss_weights import with_loss_weights
 from ..data.teacher_column import check_no_teacher_column
 from ..data.training_templates import renders_same, training_template
 from ..errors import DistillError
@@ -222,6 +223,8 @@ def load_source(recipe: Recipe, name: str) -> Examples:
     """Load the examples of one source; in an on-policy recipe as prompts and completions."""
     source = recipe.data.sources[name]
     documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
+    if (by := source.loss_weight) is not None:
+        documents = with_loss_weights(documents, by.column, by.temperature, f"data.{name} ({source.path})")
     names = [spec.name for spec in recipe.teachers if not spec.sources]
     check_no_teacher_column(
         documents, names, f"data.{name}", "give the teachers `sources`, by which recipes route rows"

@@ -127,7 +127,9 @@ def read_prompts(recipe: Recipe, options: Generation) -> list[SourceRow]:
         if source.column is not None:
             if source.column not in rows.column_names:
                 raise DistillError(f"data.{name} has no column {source.column!r}; it has {rows.column_names}.")
-            rows = rows.select_columns([source.column]).rename_columns({source.column: "prompt"})
+            if source.column != "prompt":
+                rows = rows.remove_columns([name for name in ("prompt",) if name in rows.column_names])
+                rows = rows.rename_columns({source.column: "prompt"})
         if options.max_prompts is not None and len(rows) > options.max_prompts:
             rows = rows.select(range(options.max_prompts))
         prompts += read_source(rows, name, len(prompts), options.chat)
@@ -152,7 +154,7 @@ def _server_backend(options: Generation) -> ServerBackend:
         concurrency=options.concurrency or CONCURRENT_REQUESTS,
         api_key_env=options.api_key_env,
     )
-    return ServerBackend(pool, options.model, _settings(options), options.reasoning_tags)
+    return ServerBackend(pool, options.model, _settings(options), options.reasoning_tags, options.chat_template_kwargs)
 
 
 def _local_backend(
@@ -166,7 +168,7 @@ def _local_backend(
     tokenizer = load_pretrained(AutoTokenizer, str(spec.loaded_model), revision=spec.revision)
     config = load_pretrained(AutoConfig, str(spec.loaded_model), revision=spec.revision)
     template = None if recipe.data.chat_template is None else training_template(recipe.data.chat_template)
-    renderer = PromptRenderer(tokenizer, template)
+    renderer = PromptRenderer(tokenizer, template, options.chat_template_kwargs)
     prompts = {row.prompt.index: with_system_prompt(row.prompt, options.system_prompt) for row in sources}
     ids = {index: renderer.ids(prompt) for index, prompt in prompts.items()}
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -306,7 +308,7 @@ def _card_facts(
 ) -> CardFacts:
     identity = backend.identity()
     model = str(identity["model"])
-    unset = {name for name, value in options.model_dump().items() if value is None or value == []}
+    unset = {name for name, value in options.model_dump().items() if value in (None, [], {})}
     settings = options.model_dump(mode="json", exclude={"url", "api_key_env", "model", "filters", "select", *unset})
     settings |= {"revision": identity.get("revision"), "log-probabilities": backend.log_prob_distribution}
     tokens = sum(each.tokens for each in completions)

@@ -1,13 +1,16 @@
 """Filters in recipes: names, options and errors, and what untrusted recipes may not name."""
 
 import pytest
+import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from hf_distill.core.strict_model import StrictModel
 from hf_distill.filters import FILTERS, SELECTIONS
+from hf_distill.recipe.downloads import referenced_repos
 from hf_distill.recipe.filters import FilterSpec, SelectSpec
 from hf_distill.recipe.hub_paths import pin_relative_paths
 from hf_distill.recipe.hub_policy import filter_violations
+from hf_distill.recipe.load import load_recipe
 from hf_distill.recipe.local_files import missing_files
 from hf_distill.recipe.problems import error_lines, remove_unknown_keys, remove_wrong_values
 
@@ -129,3 +132,24 @@ def test_evaluation_files_of_a_recipe_from_the_hub_are_those_of_its_repository(m
     for values in ({"generate": 1}, {"generate": {"filters": 1}}, {"generate": {"filters": [1, {"data": 1}]}}):
         assert pin_relative_paths(values, origin) == values
         assert missing_files(values) == []
+
+
+def test_evaluation_data_are_among_the_repositories_that_a_recipe_reads(tmp_path):
+    values = {
+        "student": {"model": "org/student"},
+        "teacher": {"model": "org/teacher"},
+        "data": {"task": {"path": "org/prompts"}, "eval": {"holdout": 0.1}},
+        "train": {"output_dir": "runs/x"},
+        "generate": {
+            "filters": [
+                {"name": "decontaminate", "data": [{"path": "org/task"}, {"path": "org/other", "name": "main"}]},
+                {"name": "decontaminate", "data": [{"path": "org/third"}], "n": 20},
+            ]
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    repos = [*referenced_repos(load_recipe(str(tmp_path / "recipe.yaml")))]
+    assert repos[-3:] == [
+        (f"decontamination data {number}", path, "dataset", None)
+        for number, path in enumerate(("org/task", "org/other", "org/third"), 1)
+    ]

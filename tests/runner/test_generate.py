@@ -114,20 +114,69 @@ def test_an_interrupted_generation_resumes_to_the_same_rows(recipe_of, tmp_path,
         generate_data(changed, str(tmp_path / "out"), resume=True)
 
 
+THINKING = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% if not enable_thinking|default(true) %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
+def test_the_teacher_reads_prompts_that_are_rendered_with_the_variables_of_the_template(variables, recipe_of, tmp_path):
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    changes = [f"data.chat_template={tmp_path / 'thinking.jinja'}"]
+    seen = []
+    recipe = recipe_of(CONVERSATIONS, changes=changes, chat_template_kwargs=variables)
+    with pytest.MonkeyPatch.context() as patch:
+        padded = local.TransformersBackend._padded
+        patch.setattr(
+            local.TransformersBackend,
+            "_padded",
+            lambda self, prompts, *rest: (
+                seen.extend(self._decode(ids) for ids in prompts) or padded(self, prompts, *rest)
+            ),
+        )
+        generate_data(recipe, str(tmp_path / "out"))
+    assert len(seen) == 5
+    assert {text.endswith("assistant: <think></think>") for text in seen} == {variables == {"enable_thinking": False}}
+    with pytest.raises(DistillError, match=r"chat_template_kwargs: .*'enable_thinkin'; it reads enable_thinking"):
+        generate_data(
+            recipe_of(CONVERSATIONS, changes=changes, chat_template_kwargs={"enable_thinkin": True}),
+            str(tmp_path / "b"),
+        )
+    with pytest.raises(DistillError, match=r"chat_template_kwargs: tools cannot be set here"):
+        recipe_of(CONVERSATIONS, chat_template_kwargs={"tools": []})
+
+
 def test_a_server_receives_the_system_prompt_and_the_data_set_does_not_contain_it(recipe_of, tmp_path):
     tokenizer = byte_tokenizer()
     options = {"backend": "server", "system_prompt": "Be brief.", "chat": True, "reasoning": "column"}
+    options["chat_template_kwargs"] = {"enable_thinking": True}
     with CompletionServer(build("llama", vocab=len(tokenizer)), tokenizer=tokenizer, context=128) as server:
         server.separates_reasoning = True
         recipe = recipe_of(TEXTS, **options, url=server.url, batching=None)
         data = generate_data(recipe, str(tmp_path / "out"))
         sent = [body["messages"] for body in server.bodies("/v1/chat/completions")]
+        variables = [body["chat_template_kwargs"] for body in server.bodies("/v1/chat/completions")]
+    assert variables == [{"enable_thinking": True}] * 5
     assert all(messages[0] == {"role": "system", "content": "Be brief."} for messages in sent)
     rows = rows_of(data.folder)
     assert [row["prompt"] for row in rows] == [[{"role": "user", "content": f"text {i}"}] for i in range(5)]
     assert {row["reasoning"] for row in rows} == {"thoughts"}
     text = "".join(file.read_text() for file in (data.folder / "README.md", data.folder / "generation.json"))
     assert server.url.removeprefix("http://") not in text
+
+
+def test_a_column_of_prompts_leaves_the_other_columns_for_filters(recipe_of, tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"a{i}", "prompt": "other", "input_ids": [1]} for i in range(5)]
+    filters = [{"name": "reference", "column": "answer", "compare": "exact"}]
+    recipe = recipe_of(rows, changes=["data.task.column=question"])
+    data = generate_data(recipe, str(tmp_path / "out"))
+    assert [(row["prompt"], row["answer"]) for row in rows_of(data.folder)] == [(f"q{i}", f"a{i}") for i in range(5)]
+    assert "input_ids" not in rows_of(data.folder)[0]
+    recipe = recipe_of(rows, changes=["data.task.column=question"], filters=filters)
+    with pytest.raises(DistillError, match=r"reference.*5"):  # of random text nothing is left
+        generate_data(recipe, str(tmp_path / "filtered"))
 
 
 def test_the_card_states_model_settings_and_counts(recipe_of, tmp_path):

@@ -2,13 +2,13 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from transformers.utils import logging
 
-from ...core.json_types import JSONObject
+from ...core.json_types import JSON, JSONObject
 from ...errors import DistillError
 from ...teachers.remote.identity import START_RETRY_SECONDS
 from ...teachers.remote.pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
@@ -32,13 +32,22 @@ class ServerBackend:
         model: id of the served model; None: the only one that is served.
         settings: sampling settings.
         tags: tags between which reasoning is written that the server returns apart from the answer.
+        template_variables: variables of the chat template, such as enable_thinking. vLLM and SGLang read them.
     """
 
     name = "server"
     log_prob_distribution = "model"
 
-    def __init__(self, pool: ServerPool, model: str | None, settings: SamplingSettings, tags: tuple[str, str]):
+    def __init__(
+        self,
+        pool: ServerPool,
+        model: str | None,
+        settings: SamplingSettings,
+        tags: tuple[str, str],
+        template_variables: Mapping[str, JSON] | None = None,
+    ):
         self.pool, self.settings, self.tags = pool, settings, tags
+        self.template_variables = template_variables or {}
         self.model = model or self._only_model()
 
     def identity(self) -> JSONObject:
@@ -112,6 +121,8 @@ class ServerBackend:
         body |= {"messages": prompt.content} if is_chat else {"prompt": prompt.content}
         if prompt.tools:
             body["tools"] = prompt.tools
+        if is_chat and self.template_variables:
+            body["chat_template_kwargs"] = dict(self.template_variables)
         if settings.stop:
             body["stop"] = list(settings.stop)
         if settings.log_probs:
