@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,78 @@ from ..errors import DistillError
 from .blocks import find_blocks, get_layer_stack
 from .model_types import unwrap_model
 
+Value = TypeVar("Value")
 
-@torch.no_grad()
+
+class InfluenceRecorder:
+    """Sums what `block_influence` measures while a model runs, from the hooks of its blocks.
+
+    Args:
+        model: a model whose blocks `find_blocks` finds.
+
+    Attributes:
+        handles: the hooks, which the caller removes.
+    """
+
+    def __init__(self, model: nn.Module):
+        _, blocks = find_blocks(model)
+        self.device = next(model.parameters()).device
+        self.sums = torch.zeros(len(blocks), dtype=torch.float64, device=self.device)
+        self.count = 0
+        self._mask: Tensor | None = None
+        self.handles = [block.register_forward_hook(self._hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
+
+    def start_batch(self, mask: Tensor) -> None:
+        """Set the tokens of the next batch that are counted, a boolean [B, S]."""
+        self._mask = mask
+        self.count += int(mask.sum())
+
+    def influence(self) -> list[float]:
+        """Return the influence of each block on all tokens so far.
+
+        Raises:
+            DistillError: there was no token.
+        """
+        if self.count == 0:
+            raise DistillError("block_influence needs at least one batch with a token in it.")
+        return (self.sums / self.count).tolist()
+
+    def _hook(self, i: int) -> Callable[..., None]:
+        def record(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            self.sums[i] += (1 - cosine)[self._mask].double().sum().to(self.device)
+
+        return record
+
+
+def run_with_hooks(
+    model: nn.Module, batches: Iterable[dict], start_batch: Callable[[Tensor], None], handles: Iterable[Any]
+) -> None:
+    """Run a model without dropout and gradients on calibration batches, then remove hooks.
+
+    Args:
+        model: a model that reads tokens.
+        batches: inputs, `input_ids` [B, S] and optionally `attention_mask` [B, S].
+        start_batch: called before each forward with the tokens that are counted, a boolean [B, S].
+        handles: hooks that are removed at the end, also after an error.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+                start_batch(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool())
+                model(**inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
 def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
     """Block influence: how much each block changes its hidden states.
 
@@ -33,37 +103,9 @@ def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
 
     Source: ShortGPT, arXiv 2403.03853.
     """
-    _, blocks = find_blocks(model)
-    device = next(model.parameters()).device
-    sums = torch.zeros(len(blocks), dtype=torch.float64, device=device)
-    mask: Tensor | None = None
-    count = 0
-
-    def record(i: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-            sums[i] += (1 - cosine)[mask].double().sum().to(device)
-
-        return hook
-
-    handles = [block.register_forward_hook(record(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            inputs = {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-            count += int(mask.sum())
-            model(**inputs)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    if count == 0:
-        raise DistillError("block_influence needs at least one batch with a token in it.")
-    return (sums / count).tolist()
+    recorder = InfluenceRecorder(model)
+    run_with_hooks(model, batches, recorder.start_batch, recorder.handles)
+    return recorder.influence()
 
 
 def cut_student(
@@ -90,14 +132,31 @@ def cut_student(
             kind of model; or a block that is left out has weights that the student needs.
     """
     model = unwrap_model(teacher)
-    cuts = _cuts(model, {None: layers, "encoder": encoder_layers, "decoder": decoder_layers})
+    cuts = find_cuts(model, {None: layers, "encoder": encoder_layers, "decoder": decoder_layers})
     config = model.config
     for cut in cuts:
         config = prune_config(config, cut.keep, cut.depth, cut.stack)
-    student = type(model)(config)
     state = model.state_dict()
     for cut in cuts:
         state = cut.rename(state)
+    return student_of(model, config, state, cuts)
+
+
+def student_of(
+    model: PreTrainedModel, config: PretrainedConfig, state: Mapping[str, Tensor], cuts: Sequence["BlockCut"]
+) -> PreTrainedModel:
+    """Build a student of its teacher's class, with the teacher's generation config, in training mode.
+
+    Args:
+        model: the teacher.
+        config: config of the student.
+        state: weights of the student.
+        cuts: which blocks were kept.
+
+    Raises:
+        DistillError: the student needs other weights.
+    """
+    student = type(model)(config)
     differing = cast(nn.Module, student).to(model.dtype).load_state_dict(state, strict=False)
     if differing.missing_keys or differing.unexpected_keys:
         names = ", ".join([*differing.missing_keys, *differing.unexpected_keys][:3])
@@ -117,7 +176,7 @@ def cut_student(
 
 
 @dataclass(frozen=True)
-class _Cut:
+class BlockCut:
     """Which blocks of a stack are kept.
 
     stack: "encoder" or "decoder" of a model that has both, else None
@@ -131,8 +190,8 @@ class _Cut:
     keep: list[int]
     depth: int
 
-    def rename(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of a model without those of other blocks, under their names in the student."""
+    def rename(self, state: Mapping[str, Value]) -> dict[str, Value]:
+        """Return the entries of a model's weights without those of other blocks, under their names in the student."""
         new_index = {old: new for new, old in enumerate(self.keep)}
         pattern = re.compile(rf"^{re.escape(self.name)}\.(\d+)\.")
         renamed = {}
@@ -145,7 +204,7 @@ class _Cut:
         return renamed
 
 
-def _cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] | None]) -> list[_Cut]:
+def find_cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] | None]) -> list[BlockCut]:
     """Return the cuts of a model.
 
     Args:
@@ -173,7 +232,7 @@ def _cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] | No
                 f"{argument} is {list(indices)}: give each block to keep once, from 0 to {depth - 1} (the "
                 f"{stack or 'teacher'} has {depth})."
             )
-        cuts.append(_Cut(stack, name, keep, depth))
+        cuts.append(BlockCut(stack, name, keep, depth))
     return cuts
 
 
