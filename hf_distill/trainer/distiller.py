@@ -63,7 +63,7 @@ class Distiller:
 
     1. `StepInputs.read` finds the target tokens (labels != -100) from the `shift_labels` that the Trainer leaves in
        the batch; without a Trainer it shifts the labels. What a target is depends on the student's output type
-       (`losses/output_types.py`): for a multi-label classifier it is a row.
+       (`losses/output_types/`): for a multi-label classifier it is a row.
     2. The teacher returns its signals for the target tokens: logits and the requested features, without gradient. It
        reads `teacher_<name>` as `<name>` if the batch has such keys (`core/teacher_inputs.py`): what its processor
        makes of an image, audio or a text, or another prompt before the same target tokens. A `CrossTokenizerTeacher`

@@ -34,7 +34,7 @@ def test_the_count_and_the_loss_read_the_labels_that_were_shifted_once(make_trai
             keys.append({*inputs})
             return super().forward(inputs, targets, feature_requests)
 
-    for module in ("core.targets", "losses.output_types"):
+    for module in ("core.targets", "losses.output_types.distributions"):
         monkeypatch.setattr(f"hf_distill.{module}.target_labels", recorded)
     options = dict(max_steps=2, gradient_accumulation_steps=2, self_check=False)
     make_trainer(teacher=Recorded(build("llama", 1)), **options).train()
