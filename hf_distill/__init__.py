@@ -23,6 +23,9 @@ _HOME = {
     "loss": "losses",
     "block_influence": "student",
     "cut_student": "student",
+    "QuantizationScheme": "student",
+    "prepare_quantized_student": "student",
+    "convert_quantized_student": "student",
     "load_recipe": "recipe",
     "run_recipe": "recipe",
 }

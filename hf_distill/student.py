@@ -1,10 +1,12 @@
 """Students that are made from their teacher: layer pruning (`block_influence`, `cut_student`) and width pruning
-(`measure_importance`, `prune_student`).
+(`measure_importance`, `prune_student`). Students for serving: quantization-aware training (`prepare_quantized_student`).
 """
 
+from .core.quantization_scheme import QuantizationScheme
 from .models.importance import Importance, measure_importance
 from .models.pruned_shape import KeptUnits, PrunedShape
 from .models.pruning import block_influence, cut_student
+from .models.quantized_training import convert_quantized_student, prepare_quantized_student
 from .models.width_pruning import PrunedStudent, keep_units, prune_student, pruned_config, select_units
 
 __all__ = [
@@ -12,10 +14,13 @@ __all__ = [
     "KeptUnits",
     "PrunedShape",
     "PrunedStudent",
+    "QuantizationScheme",
     "block_influence",
+    "convert_quantized_student",
     "cut_student",
     "keep_units",
     "measure_importance",
+    "prepare_quantized_student",
     "prune_student",
     "pruned_config",
     "select_units",

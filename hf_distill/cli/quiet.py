@@ -10,9 +10,10 @@ from typer.main import get_command
 if TYPE_CHECKING:
     from typer._click import Command, Parameter
 
-# DeepSpeed logs the accelerator that it selected, bitsandbytes the kernels that are missing.
-_LOGGERS = ("DeepSpeed", "bitsandbytes")
-_PACKAGES = r"(torch|transformers|accelerate|datasets|deepspeed|bitsandbytes|peft|trl|triton)(\.|$)"
+# DeepSpeed logs the accelerator that it selected, bitsandbytes and torchao the kernels that are missing. transformers
+# imports torchao where it is installed, which registers constants of its own in PyTorch's pytree.
+_LOGGERS = ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree")
+_PACKAGES = r"(torch|transformers|accelerate|datasets|deepspeed|bitsandbytes|peft|trl|triton|torchao)(\.|$)"
 _CATEGORIES = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
 
 

@@ -16,6 +16,9 @@ SPAN_LENGTH_TOKENS = 3
 # Training.
 MAX_CONSECUTIVE_NONFINITE_STEPS = 5
 
+# Quantized students.
+INT4_GROUP_SIZE = 32
+
 # Teacher caches.
 CACHE_KIND: Final = "hidden"
 SAMPLES_PER_TOKEN = 12  # kind sampled

@@ -6,10 +6,12 @@ from typing import Any, cast
 
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..core.references import path_exists, reference_kind
 from ..models.model_types import model_type_of, unwrap_model
 from ..models.placement import is_tensor_parallel
+from ..models.quantized_training import is_fake_quantized
 from ..teachers.loading import env_world_size
 from .compilation import incompatible_compilation
 
@@ -105,6 +107,11 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         problems.append(
             "context and sequence parallelism split rows over processes, but a teacher needs complete rows. Turn it off"
+        )
+    if is_deepspeed_zero3_enabled() and is_fake_quantized(cast(nn.Module, trainer.model)):
+        problems.append(
+            "the student is quantized, and ZeRO-3 shards the weights that each layer rounds as a whole. Use DDP, ZeRO-1 or "
+            "ZeRO-2"
         )
     problems += incompatible_placement(trainer)
     label_names = [*model_type_of(cast(nn.Module, trainer.model)).output_type.label_names]
