@@ -1,5 +1,6 @@
 """Students that are made from their teacher: layer pruning (`block_influence`, `cut_student`) and width pruning
-(`measure_importance`, `prune_student`). Students for serving: quantization-aware training (`prepare_quantized_student`).
+(`measure_importance`, `prune_student`). Students for serving: quantization-aware training
+(`prepare_quantized_student`).
 """
 
 from .core.quantization_scheme import QuantizationScheme

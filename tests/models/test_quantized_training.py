@@ -245,3 +245,9 @@ def test_a_student_that_torchao_prepared_trains_with_an_ema_teacher(make_trainer
     trainer = make_trainer(model=model, teacher=EMATeacher(0.5), learning_rate=1e-2)
     trainer.train()
     assert trainer.evaluate()["eval_kl"] > 0
+
+
+def test_a_quantized_student_is_refused_under_zero3(make_trainer, monkeypatch):
+    monkeypatch.setattr("hf_distill.trainer.validation.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(DistillError, match="the student is quantized, and ZeRO-3 shards"):
+        make_trainer(model=prepare_quantized_student(build("llama"), INT4))
