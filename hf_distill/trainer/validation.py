@@ -110,8 +110,8 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
         )
     if is_deepspeed_zero3_enabled() and is_fake_quantized(cast(nn.Module, trainer.model)):
         problems.append(
-            "the student is quantized, and ZeRO-3 shards the weights that each layer rounds as a whole. Use DDP, ZeRO-1 "
-            "or ZeRO-2"
+            "the student is quantized, and ZeRO-3 shards the weights that each layer rounds as a whole. Use DDP, "
+            "ZeRO-1 or ZeRO-2"
         )
     problems += incompatible_placement(trainer)
     label_names = [*model_type_of(cast(nn.Module, trainer.model)).output_type.label_names]
