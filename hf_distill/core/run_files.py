@@ -11,4 +11,5 @@ TEMPERATURE_SEARCH = "temperature.json"
 SAMPLES = "samples.json"
 CURVE = "curve.json"
 REPORT = "report.html"
+GENERATED = "generated"  # folder: the data sets that the teacher has generated, by source
 GENERATION = "generation.json"  # of a generated data set: what its completions were generated from

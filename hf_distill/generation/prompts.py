@@ -1,6 +1,6 @@
 """Reads the prompts of data sources, and renders them to token ids for a model in this process."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,9 @@ class SourceRow:
     columns: dict[str, Any]
 
 
-def read_source(rows: Dataset, source: str, first: int, as_chat: bool = False) -> Iterator[SourceRow]:
+def read_source(
+    rows: Dataset, source: str, first: int, as_chat: bool = False, numbers: Sequence[int] | None = None
+) -> Iterator[SourceRow]:
     """Yield the prompts of a source.
 
     The prompt of a conversation is everything before its last turn if that is the assistant's, else the conversation.
@@ -43,6 +45,7 @@ def read_source(rows: Dataset, source: str, first: int, as_chat: bool = False) -
         source: name of the source.
         first: index of the first prompt.
         as_chat: whether a prompt that is a text becomes a user's turn.
+        numbers: numbers of the rows in the source; None: counted from 0.
 
     Raises:
         DistillError: there is no such column, or a row is invalid.
@@ -53,7 +56,8 @@ def read_source(rows: Dataset, source: str, first: int, as_chat: bool = False) -
             f"data.{source} has the columns {columns}, and no prompts: use a source with the column `messages` or "
             "`prompt`, or set `column` to the one that holds the prompts."
         )
-    for number, row in enumerate(rows):
+    for i, row in enumerate(rows):
+        number = i if numbers is None else numbers[i]
         try:
             content, reference = _split(row)
             tools = check_tools(row)
@@ -62,7 +66,7 @@ def read_source(rows: Dataset, source: str, first: int, as_chat: bool = False) -
         if as_chat and isinstance(content, str):
             content = [{"role": _USER, "content": content}]
         others = {k: v for k, v in row.items() if k not in _OTHER_FORMATS}
-        yield SourceRow(Prompt(first + number, source, number, content, tools), reference, others)
+        yield SourceRow(Prompt(first + i, source, number, content, tools), reference, others)
 
 
 def _split(row: dict[str, Any]) -> tuple[str | list[dict], str | None]:

@@ -114,11 +114,21 @@ class CompletionStore:
                 completions += [Completion(**row) for row in pq.read_table(self._file(part)).to_pylist()]
         return completions
 
-    def publish(self, table: pa.Table, card: str, set_aside: pa.Table | None = None) -> None:
+    def publish(
+        self, table: pa.Table, card: str, set_aside: pa.Table | None = None, facts: JSONObject | None = None
+    ) -> None:
         """Write the data set, its card and the rows that a filter could not judge in place of those that are there.
 
         A process that is killed in between leaves the completions, from which the next one writes them again.
+
+        Args:
+            table: the rows.
+            card: the card.
+            set_aside: the rows that a filter could not judge.
+            facts: what is recorded about the data set, see `read_facts`.
         """
+        record = self.folder / GENERATION
+        write_json(record, {"identity": self.identity})  # without the facts of the data set that is replaced
         data, new, old = self.folder / DATA, self.folder / f".{DATA}.new", self.folder / f".{DATA}.old"
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -132,17 +142,23 @@ class CompletionStore:
             data.replace(old)
         new.replace(data)
         write_atomic(self.folder / CARD, card)
-        file = self.folder / SET_ASIDE
         if set_aside is None:
-            file.unlink(missing_ok=True)
+            (self.folder / SET_ASIDE).unlink(missing_ok=True)
         else:
-            with atomic_path(file) as temporary:
+            with atomic_path(self.folder / SET_ASIDE) as temporary:
                 pq.write_table(set_aside, temporary)
         flush(self.folder)
+        write_json(record, {"identity": self.identity, "data_set": facts or {}})
         shutil.rmtree(old, ignore_errors=True)
 
     def _file(self, part: Part) -> Path:
         return self.folder / PARTS / f"part-{part.number:06d}.parquet"
+
+
+def read_facts(folder: Path) -> JSONObject:
+    """Return what is recorded about a complete data set; empty for a folder without one."""
+    facts = read_json(folder / GENERATION).get("data_set")
+    return facts if isinstance(facts, dict) and (folder / DATA).is_dir() else {}
 
 
 def _difference(stored: JSONObject, identity: JSONObject) -> str:

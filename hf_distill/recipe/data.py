@@ -50,10 +50,15 @@ class Source(StrictModel):
         description="Column by which the losses of each row are weighted: its name, or {column: ..., temperature: "
         "...}. Not for text. Default (null): the column weight of the data, if it has one.",
     )
+    generate: bool = Field(
+        False,
+        description="Whether the teacher completes the prompts of this source before the training (section generate). "
+        "The student trains on these completions instead of those of the data. Default: false.",
+    )
     origin: Literal["teacher", "student", "data"] | None = Field(
         None,
         description="Who wrote the target tokens of this source, which distill.by_origin reads. Default (null): the "
-        "column origin of the data, if it has one.",
+        "teacher if generate is true, else the column origin of the data, if it has one.",
     )
     assistant_only: bool | None = Field(
         None,
@@ -88,6 +93,11 @@ class Source(StrictModel):
                 "false"
             )
         return self
+
+    @property
+    def author(self) -> str | None:
+        """Who wrote the target tokens, if the recipe determines it."""
+        return self.origin or ("teacher" if self.generate else None)
 
 
 class Eval(StrictModel):
@@ -208,6 +218,11 @@ class Data(StrictModel):
     def sources(self) -> dict[str, Source]:
         """All sources by name, `task` first."""
         return {"task": self.task, **(self.__pydantic_extra__ or {})}
+
+    @property
+    def generated(self) -> list[str]:
+        """Names of the sources whose prompts the teacher completes before the training."""
+        return [name for name, source in self.sources.items() if source.generate]
 
 
 class OnPolicy(StrictModel):

@@ -1,6 +1,7 @@
 """The `generate` section of a recipe: how the teacher completes the prompts of the data. Imports no torch."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,6 +10,9 @@ from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError
 from .filters import FilterSpec, SelectSpec
+
+if TYPE_CHECKING:
+    from .schema import Recipe
 
 SERVER_OPTIONS = ("url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds")
 _LOCAL_OPTIONS = ("batching", "batch_size")
@@ -30,9 +34,10 @@ _TEMPLATE_ARGUMENTS = (
 
 
 class Generation(StrictModel):
-    """Sequence-level distillation: `hf-distill generate` lets the teacher complete the prompts of all sources.
+    """Sequence-level distillation: the teacher completes the prompts of sources, in a column `messages` or `prompt`.
 
-    Sources must have the columns `messages` or `prompt`.
+    `hf-distill generate RECIPE -o FOLDER` completes those of all sources. `hf-distill run` completes those of sources
+    with `generate: true` first, and trains on the completions.
     """
 
     backend: Literal["transformers", "server", "vllm"] = Field(
@@ -144,6 +149,12 @@ class Generation(StrictModel):
         None, ge=0, description="Backend server: seconds for which a failed request is repeated. Default (null): 300."
     )
 
+    output_dir: Name | None = Field(
+        None,
+        description="Folder for the data sets of sources with generate: true, one folder for each source. Several "
+        "runs of the same completions can share it. Default (null): the folder generated in train.output_dir.",
+    )
+
     @field_validator("url")
     @classmethod
     def _check_url(cls, value: str | list[str] | None) -> str | list[str] | None:
@@ -184,3 +195,59 @@ class Generation(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def generation_problems(recipe: "Recipe") -> list[str]:
+    """List why the sources of a recipe with `generate: true` cannot be generated; empty if they can, or if none is."""
+    generated = recipe.data.generated
+    problems = [*_control_problems(recipe)]
+    if not generated:
+        if recipe.generate and recipe.generate.output_dir:
+            problems.append(
+                "generate.output_dir is the folder of sources with generate: true, and no source has it: set "
+                "data.task.generate to true, or pass the folder to `hf-distill generate` with -o"
+            )
+        return problems
+    for name in generated:
+        problems += [f"data.{name}.{problem}" for problem in _source_problems(recipe, name)]
+    backend = (recipe.generate or Generation.model_validate({})).backend
+    teacher = recipe.teacher.source_teacher if recipe.teacher else None
+    if backend != "server" and (teacher is None or teacher.kind != "frozen"):
+        problems.append(
+            f"data.{generated[0]}.generate: with generate.backend {backend} the recipe needs exactly one teacher, of "
+            "kind frozen, or cached with a source: change the teacher, or use the backend server"
+        )
+    return problems
+
+
+def _source_problems(recipe: "Recipe", name: str) -> Iterator[str]:
+    source = recipe.data.sources[name]
+    if source.streaming:
+        yield "generate: a generation from a stream cannot be resumed: set streaming to false"
+    if source.origin not in (None, "teacher"):
+        yield f"origin is {source.origin}, and the teacher writes the completions: remove origin or generate"
+    if source.column is not None and recipe.data.eval.holdout:
+        yield (
+            "generate: held-out rows have the completions of the data, and a source with `column` has prompts alone: "
+            "set data.eval.path instead of holdout"
+        )
+    if source.column is not None and recipe.control == "sft_on_data":
+        yield (
+            "generate: control: sft_on_data trains on the completions of the data, and a source with `column` has "
+            "prompts alone: use control: sft, or rename the column to prompt"
+        )
+
+
+def _control_problems(recipe: "Recipe") -> Iterator[str]:
+    if recipe.control != "sft_on_data":
+        return
+    if not recipe.data.generated:
+        yield (
+            "control: sft_on_data is for recipes in which the teacher completes the prompts of a source: set "
+            "data.task.generate to true, or use control: sft"
+        )
+    if (recipe.train.max_steps or 0) <= 0:
+        yield (
+            "control: sft_on_data trains on another number of rows: set train.max_steps, so that student and control "
+            "take the same number of steps"
+        )

@@ -167,6 +167,11 @@ def _generation(recipe: Recipe) -> Iterator[str]:
     if recipe.generate is None:
         return
     yield from filter_violations(recipe.generate.filters, recipe.generate.select)
+    if recipe.generate.output_dir and not _OUTPUT.fullmatch(recipe.generate.output_dir):
+        yield (
+            f"generate.output_dir: {recipe.generate.output_dir!r} is not inside runs/ or caches/; for another folder, "
+            "pass generate.output_dir=... on the command line"
+        )
     for name in SERVER_KEYS:
         if getattr(recipe.generate, name) is not None:
             yield (

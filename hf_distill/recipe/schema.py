@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, create_model, field_validator, model_validator
 
 from ..core.component_options import ProjectorOptions
+from ..core.run_files import GENERATED
 from ..core.schedule import parse_schedule
 from ..core.strict_model import Name, StrictModel
 from ..core.teacher_kinds import TRAINABLE_KINDS, incompatible_teachers
 from ..errors import did_you_mean
 from .cross_tokenizer import cross_tokenizer_problems
 from .data import Data, OnPolicy
-from .generation import Generation
+from .generation import Generation, generation_problems
 from .losses import Distill, LossSpec, packaged_schema
 from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
@@ -151,13 +152,15 @@ class Recipe(StrictModel):
     )
     generate: Generation | None = Field(
         None,
-        description="How `hf-distill generate` lets the teacher complete the prompts of data. `hf-distill run` does "
-        "not use it. Default (null): the defaults of its keys.",
+        description="How the teacher completes the prompts of data: in `hf-distill generate`, and in `hf-distill run` "
+        "for sources with generate: true. Default (null): the defaults of its keys.",
     )
     train: Train = Field(description="The training arguments.")
-    control: Literal["sft", "direct"] | None = Field(
+    control: Literal["sft", "sft_on_data", "direct"] | None = Field(
         None,
-        description="Train a control for comparison. sft: the same student on the hard labels only. direct (needs "
+        description="Train a control for comparison. sft: the same student on the hard labels only. sft_on_data (needs "
+        "a source with generate: true): the same student on the hard labels of the data's completions, of the same "
+        "prompts and in the same number of steps. direct (needs "
         "stages): the last student distilled from the first teacher, in the total number of steps of all stages. "
         "Default (null): no control.",
     )
@@ -216,6 +219,11 @@ class Recipe(StrictModel):
         sources = [spec.source_teacher for spec in self.all_teachers]
         return next((spec for spec in sources if spec.loaded_model), sources[0])
 
+    def generated_folder(self, source: str) -> str:
+        """Return the folder of the data set that the teacher generates for a source."""
+        folder = self.generate.output_dir if self.generate else None
+        return f"{folder or f'{self.train.output_dir}/{GENERATED}'}/{source}"
+
     @property
     def kinds(self) -> set[str]:
         """The kinds of all teachers."""
@@ -243,6 +251,7 @@ class Recipe(StrictModel):
             self.distill.alpha = 0.0  # the default of this kind, which gives no soft labels
         checks = (
             self._check_stages,
+            self._check_generation,
             self._check_adapters,
             self._check_student_source,
             self._check_mtp,
@@ -269,14 +278,20 @@ class Recipe(StrictModel):
         if problems := stage_problems(self):
             raise Problems(problems)
 
+    def _check_generation(self) -> None:
+        if problems := generation_problems(self):
+            raise Problems(problems)
+
     def _check_cross_tokenizer(self) -> None:
         if problems := cross_tokenizer_problems(self):
             raise Problems(problems)
 
     def _check_origins(self) -> None:
         """Check that losses may depend on the author of the target tokens, and that all sources or none have one."""
-        lacking = [name for name, source in self.data.sources.items() if source.origin is None]
-        if 0 < len(lacking) < len(self.data.sources):
+        sources = self.data.sources
+        lacking = [name for name, source in sources.items() if source.author is None]
+        is_read = self.distill.by_origin or any(source.origin for source in sources.values())
+        if is_read and 0 < len(lacking) < len(sources):
             raise ValueError(
                 f"data.{lacking[0]} has no origin, and other sources do: set origin in every source, or in none"
             )

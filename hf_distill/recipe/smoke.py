@@ -77,7 +77,9 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     prompted = [teacher for teacher in teachers if teacher.get("prompt")]
     for teacher in prompted:  # the columns of another template may not exist, and it may fill a row of bytes
         teacher["prompt"] = "Note: {prompt}"
-    if generate := values.get("generate"):
+    if recipe.data.generated:
+        values["generate"] = values.get("generate") or {}
+    if (generate := values.get("generate")) is not None:
         _shrink_generation(generate)
     if values.get("on_policy") or prompted or generate is not None:
         text, length = "package:builtins", 128
@@ -93,13 +95,8 @@ def smoke_values(recipe: Recipe) -> JSONObject:
 
 def _shrink_generation(generate: dict[str, Any]) -> None:
     """Reduce a generation to a few short completions of the tiny teacher, which needs no server."""
-    for name in (
-        *SERVER_OPTIONS,
-        "batching",
-        "chat_template_kwargs",
-        "filters",
-        "select",
-    ):  # filters: all text is random
+    removed = ("output_dir", "batching", "chat_template_kwargs", "filters", "select")  # filters: all text is random
+    for name in (*SERVER_OPTIONS, *removed):
         generate.pop(name, None)
     generate |= {"backend": "transformers", "max_new_tokens": 8, "max_prompts": 8, "batch_size": 4}
 
@@ -180,7 +177,7 @@ def _shrink_data(name: str, part: JSON, text: str) -> JSON:
         return {"holdout": 0.1, "max_rows": 4}
     if not isinstance(part, dict):
         return part
-    return {"path": text} | ({"weight": part["weight"]} if "weight" in part else {})
+    return {"path": text} | {key: part[key] for key in ("weight", "generate", "origin") if key in part}
 
 
 def build_tiny(reference: str, folder: Path) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..core.json_types import JSONObject
+from ..core.run_files import GENERATED
 from ..core.strict_model import StrictModel
 from .models import Student
 
@@ -46,8 +47,8 @@ def stage_problems(recipe: "Recipe") -> list[str]:
         problems.append(
             "stages: on_policy and losses cannot be combined with stages: run each stage as a separate recipe"
         )
-    if recipe.control == "sft":
-        problems.append("control: sft cannot be combined with stages; use direct")
+    if recipe.control in ("sft", "sft_on_data"):
+        problems.append(f"control: {recipe.control} cannot be combined with stages; use direct")
     for i, stage in enumerate(stages, 1):
         problems += [
             f"stages.{i}: {problem}" for problem in _incompatible_values(stage, recipe.control, i == len(stages))
@@ -94,6 +95,7 @@ def stage_values(recipe: "Recipe", number: int, teacher: str | None = None) -> J
     }
     result["distill"] = {**values.get("distill", {}), **stage.get("distill", {})}
     result["train"] = {**train, **stage.get("train", {}), "output_dir": f"{train['output_dir']}/stage-{number}"}
+    result |= _generated_values(recipe)
     if number > 1:
         result["train"].setdefault("data_seed", (42 if train.get("seed") is None else train["seed"]) + number - 1)
         first = values["teacher"]
@@ -113,7 +115,19 @@ def direct_values(recipe: "Recipe") -> JSONObject:
         for name in ("max_steps", "num_train_epochs")
         if None not in (counts := [stage.get("train", {}).get(name, train.get(name)) for stage in stages])
     }
-    return result | {"train": {**train, **total, "output_dir": f"{train['output_dir']}/direct"}}
+    return (
+        result
+        | {"train": {**train, **total, "output_dir": f"{train['output_dir']}/direct"}}
+        | _generated_values(recipe)
+    )
+
+
+def _generated_values(recipe: "Recipe") -> JSONObject:
+    """Return the section `generate` of all stages: they train on the completions of the first teacher."""
+    if not recipe.data.generated:
+        return {}
+    values = recipe.generate.model_dump(exclude_none=True, exclude_unset=True) if recipe.generate else {}
+    return {"generate": {"output_dir": f"{recipe.train.output_dir}/{GENERATED}", **values}}
 
 
 def planned_values(recipe: "Recipe") -> dict[str, JSONObject]:

@@ -155,6 +155,7 @@ _OF_SOURCES = {
     "loss_weight": "its rows have no weights",
     "overflow": "it is for token sequences that are trained on as they are",
     "streaming": "its data sets are read as a whole, to check labels and lengths",
+    "generate": "its teacher writes no text",
 }
 _OF_RECIPES: dict[str, Any] = {
     "on_policy": "its student generates nothing in training",

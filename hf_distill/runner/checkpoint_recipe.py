@@ -34,6 +34,8 @@ _READING = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 }
+# Keys of `generate` that do not change the completions, or that the identity of the data set covers.
+_GENERATION = {"output_dir", "batching", "batch_size", "prompts_per_part"}
 _SERVERS = {"url", "timeout", "retry_seconds", "concurrency", "prefetch", "api_key_env"}
 _EVALUATION_MEMORY = {"per_device_eval_batch_size", "eval_accumulation_steps"}
 _PROCESSES = "number of processes"
@@ -64,6 +66,10 @@ def result_values(recipe: Recipe) -> JSONObject:
     for teacher in [values.get("teacher"), *values.get("teachers", ())]:
         for name in _SERVERS & {*(teacher or ())}:  # another server of the same model gives the same result
             del teacher[name]
+    generation = values.pop("generate", None) or {}
+    if recipe.data.generated:  # otherwise the run does not read it
+        kept = {key: value for key, value in generation.items() if key not in _SERVERS | _GENERATION}
+        values["generate"] = kept
     flat = _flatten({key: value for key, value in values.items() if key not in _ORIGIN})
     return {key: value for key, value in flat.items() if key.removeprefix("train.") not in ignored}
 

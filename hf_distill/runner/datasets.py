@@ -36,6 +36,7 @@ from ..data.training_templates import renders_same, training_template
 from ..errors import DistillError
 from ..recipe.data import Data
 from ..recipe.schema import Recipe
+from .generated_sources import generated_examples, generation_rows
 from .row_fingerprints import fingerprint_of
 
 logger = logging.get_logger(__name__)
@@ -80,6 +81,7 @@ def prepare_data(
     seed: int,
     count: int,
     other_tokenizers: Sequence[OtherTokenizer] = (),
+    of_data: bool = False,
 ) -> PreparedData:
     """Load, split, tokenize, mix and pack the sources of a recipe.
 
@@ -91,6 +93,7 @@ def prepare_data(
         seed: Seed of the split and of the mixture.
         count: Number of rows that the training uses. It matters only if source weights have a schedule.
         other_tokenizers: The teachers that have another tokenizer.
+        of_data: Whether sources with generate: true have the completions of the data, for the same prompts.
 
     Raises:
         DistillError: An input is invalid; see `load_examples`, `split_held_out`, `tokenize_dataset`, `mix` and
@@ -99,10 +102,8 @@ def prepare_data(
     data, train, held_out = recipe.data, dict[str, Examples](), list[Examples]()
     tokenizers = _Tokenizers(tokenizer, chat_template_of(data, tokenizer), () if data.packing else other_tokenizers)
     for index, name in enumerate(data.sources):
-        documents = load_source(recipe, name)
-        if data.eval.holdout:
-            assert isinstance(documents, Dataset)  # a recipe cannot hold out examples of a stream
-            documents, held_out_documents = split_held_out(documents, data.eval.holdout, seed)
+        documents, held_out_documents = load_split(recipe, name, seed, of_data)
+        if held_out_documents is not None:
             rows = _first(_rows(held_out_documents, recipe, name, tokenizers), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
         train[name] = _rows(documents, recipe, name, tokenizers)
@@ -219,11 +220,48 @@ def first_rows(
     return mix_and_pack(data, _with_equal_columns(rows), seed, examples)
 
 
-def load_source(recipe: Recipe, name: str) -> Examples:
-    """Load the examples of one source; in an on-policy recipe as prompts and completions."""
+def load_split(recipe: Recipe, name: str, seed: int, of_data: bool = False) -> tuple[Examples, Dataset | None]:
+    """Load the training examples of one source, and its held-out examples if the recipe holds some out.
+
+    Held-out examples have the completions of the data, also where the teacher completes the prompts.
+
+    Args:
+        recipe: The recipe.
+        name: Name of the source.
+        seed: Seed of the split.
+        of_data: Whether training examples of a source with generate: true have the completions of the data, for the
+            same prompts.
+    """
+    source, share = recipe.data.sources[name], recipe.data.eval.holdout
+    if not source.generate:
+        documents = load_source(recipe, name)
+        if not share:
+            return documents, None
+        assert isinstance(documents, Dataset)  # a recipe cannot hold out examples of a stream
+        return split_held_out(documents, share, seed)
+    generated = None if of_data else load_source(recipe, name)
+    if generated is not None and not share:
+        return generated, None
+    documents = load_source(recipe, name, of_data=True)
+    assert isinstance(documents, Dataset)  # prompts of a stream cannot be completed
+    held_out = split_held_out(documents, share, seed)[1] if share else None
+    return generated or documents.select(generation_rows(recipe, len(documents), seed)), held_out
+
+
+def load_source(recipe: Recipe, name: str, of_data: bool = False) -> Examples:
+    """Load the examples of one source; in an on-policy recipe as prompts and completions.
+
+    Args:
+        recipe: The recipe.
+        name: Name of the source.
+        of_data: Whether a source with generate: true has the completions of the data, and not those of the teacher.
+    """
     source = recipe.data.sources[name]
-    documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
-    if (by := source.loss_weight) is not None:
+    if source.generate and not of_data:
+        documents = generated_examples(recipe, name)
+    else:
+        documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
+    if (by := source.loss_weight) is not None and not of_data:  # the column is that of the completions
         documents = with_loss_weights(documents, by.column, by.temperature, f"data.{name} ({source.path})")
     names = [spec.name for spec in recipe.teachers if not spec.sources]
     check_no_teacher_column(
@@ -234,17 +272,17 @@ def load_source(recipe: Recipe, name: str) -> Examples:
 
 def with_origin(rows: Examples, recipe: Recipe, name: str) -> Examples:
     """Return the rows of a source with its origin as a column, if it has one."""
-    source = recipe.data.sources.get(name)
-    if source is None or source.origin is None:
+    authors = {key: source.author for key, source in recipe.data.sources.items()}
+    if (author := authors.get(name)) is None or None in authors.values():
         return rows
-    index = ORIGINS.index(source.origin)
+    index = ORIGINS.index(author)
     features = None if rows.features is None else Features({**rows.features, ORIGIN: Value("int64")})
     return map_exactly(rows, lambda row, number: {ORIGIN: index}, features)
 
 
 def _without_unread_origin(documents: Examples, recipe: Recipe) -> Examples:
     """Return the examples without a column `origin` that the recipe does not read, which may be of another meaning."""
-    is_read = recipe.distill.by_origin and all(source.origin is None for source in recipe.data.sources.values())
+    is_read = recipe.distill.by_origin and all(source.author is None for source in recipe.data.sources.values())
     return documents if is_read or ORIGIN not in _columns_of(documents) else documents.remove_columns(ORIGIN)
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from transformers.utils import logging
 from ..cache.fingerprints import weights_fingerprint
 from ..core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY_SECONDS
 from ..core.json_types import JSONObject
-from ..core.locks import lock_folder
+from ..core.locks import LOCK_FILE, lock_folder, remove_lock_file
 from ..core.references import public_name, reference_kind
 from ..data.load import load_columns
 from ..data.training_templates import training_template
@@ -45,8 +46,11 @@ from .teacher_only import static_teacher_spec
 logger = logging.get_logger(__name__)
 _NO_IDENTITY = {
     *("backend", "url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size"),
-    *("reasoning", "reasoning_tags", "filters", "select"),
+    *("reasoning", "reasoning_tags", "filters", "select", "output_dir"),
 }  # keys of `generate` that do not change the completions, or are part of the identity of the backend
+# Keys of `generate` that do not change the data set.
+_PACE = ("url", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size", "output_dir")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,9 @@ def generate_data(
     resume: bool = False,
     on_stage: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[GenerationProgress], None] = lambda progress: None,
+    sources: Sequence[SourceRow] | None = None,
 ) -> GeneratedData:
-    """Complete the prompts of all sources of a recipe, and write the completions as a data set.
+    """Complete the prompts of a recipe, and write the completions as a data set.
 
     After an interruption, `resume` generates the parts that are missing.
 
@@ -84,6 +89,7 @@ def generate_data(
         resume: Whether to continue a data set.
         on_stage: Called with a short description of each stage when it begins.
         on_progress: Called at most twice a second.
+        sources: The prompts; None: those of all sources.
 
     Raises:
         DistillError: The recipe, the data or the folder is not possible.
@@ -95,19 +101,39 @@ def generate_data(
     if env_world_size() > 1:
         raise DistillError("`hf-distill generate` runs in one process: start it without a launcher.")
     options = recipe.generate or Generation.model_validate({})
-    on_stage("Reading the prompts")
-    sources = read_prompts(recipe, options)
+    if sources is None:
+        on_stage("Reading the prompts")
+        sources = read_prompts(recipe, options)
     check_filters(options.filters, options.select, column_names(sources, options.reasoning, options.log_probs))
-    with lock_folder(Path(folder), "a generation"):
+    request = request_of(recipe, options, sources)
+    with _claimed(Path(folder)):
         if options.backend == "server":
             opened: dict[int, bool] = {}
             backend: Backend = _server_backend(options)
         else:
             sources, opened, backend = _local_backend(recipe, options, sources, on_stage)
         try:
-            return _generate(recipe, options, Path(folder), sources, opened, backend, resume, on_stage, on_progress)
+            return _generate(
+                recipe, options, Path(folder), sources, opened, backend, resume, request, on_stage, on_progress
+            )
         finally:
             backend.close()
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Lock a folder while the block runs. A generation that is refused before it has saved anything leaves no files."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    with lock_folder(folder, "a generation"):
+        try:
+            yield
+        except BaseException:
+            if folder in created and {path.name for path in folder.iterdir()} == {LOCK_FILE}:
+                remove_lock_file(folder)
+                for path in created:
+                    with suppress(OSError):  # another process has written into it
+                        path.rmdir()
+            raise
 
 
 def read_prompts(recipe: Recipe, options: Generation) -> list[SourceRow]:
@@ -117,25 +143,63 @@ def read_prompts(recipe: Recipe, options: Generation) -> list[SourceRow]:
         DistillError: A source is streamed, or has no prompts.
     """
     prompts = list[SourceRow]()
-    for name, source in recipe.data.sources.items():
-        if source.streaming:
-            raise DistillError(
-                f"data.{name}.streaming: prompts of a stream cannot be resumed: set it to false; max_prompts reads the "
-                "first ones."
-            )
-        rows = load_columns(source.path, source.split, source.name)
-        if source.column is not None:
-            if source.column not in rows.column_names:
-                raise DistillError(f"data.{name} has no column {source.column!r}; it has {rows.column_names}.")
-            if source.column != "prompt":
-                rows = rows.remove_columns([name for name in ("prompt",) if name in rows.column_names])
-                rows = rows.rename_columns({source.column: "prompt"})
-        if options.max_prompts is not None and len(rows) > options.max_prompts:
-            rows = rows.select(range(options.max_prompts))
-        prompts += read_source(rows, name, len(prompts), options.chat)
+    for name in recipe.data.sources:
+        prompts += read_prompts_of(recipe, options, name, len(prompts))
+    return prompts
+
+
+def read_prompts_of(
+    recipe: Recipe, options: Generation, name: str, first: int = 0, select: Callable[[int], Sequence[int]] | None = None
+) -> list[SourceRow]:
+    """Return the prompts of one source.
+
+    Args:
+        recipe: The recipe.
+        options: Its section `generate`.
+        name: Name of the source.
+        first: Index of its first prompt.
+        select: Returns the numbers of the rows that are read, from the number of all rows; None: all rows.
+
+    Raises:
+        DistillError: The source is streamed, or has no prompts.
+    """
+    source = recipe.data.sources[name]
+    if source.streaming:
+        raise DistillError(
+            f"data.{name}.streaming: prompts of a stream cannot be resumed: set it to false; max_prompts reads the "
+            "first ones."
+        )
+    rows = load_columns(source.path, source.split, source.name)
+    if source.column is not None:
+        if source.column not in rows.column_names:
+            raise DistillError(f"data.{name} has no column {source.column!r}; it has {rows.column_names}.")
+        if source.column != "prompt":
+            rows = rows.remove_columns([name for name in ("prompt",) if name in rows.column_names])
+            rows = rows.rename_columns({source.column: "prompt"})
+    numbers = [*range(len(rows))] if select is None else select(len(rows))
+    numbers = numbers[: options.max_prompts]
+    prompts = [*read_source(rows.select(numbers), name, first, options.chat, numbers)]
     for row in prompts[:1] if options.system_prompt else []:
         with_system_prompt(row.prompt, options.system_prompt)
     return prompts
+
+
+def request_of(recipe: Recipe, options: Generation, sources: Sequence[SourceRow]) -> JSONObject:
+    """Return what a recipe requests: teacher, settings with the filters, and prompts.
+
+    A complete data set of the same request needs no teacher. The weights of a teacher in a local folder are compared by
+    the sizes and times of their files.
+    """
+    settings = options.model_dump(mode="json", exclude={*_PACE})
+    settings |= {"chat_template": recipe.data.chat_template, "digest": _digest([row.prompt for row in sources])}
+    spec = recipe.teacher.source_teacher if recipe.teacher else None
+    if options.backend == "server" or spec is None:
+        return settings
+    settings |= {f"teacher.{key}": getattr(spec, key) for key in ("model", "revision", "dtype", "quantization")}
+    if reference_kind(str(spec.loaded_model)) == "path":
+        files = [file for file in sorted(Path(str(spec.loaded_model)).glob("*")) if file.suffix in _WEIGHTS]
+        settings["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return settings
 
 
 def _settings(options: Generation) -> SamplingSettings:
@@ -243,6 +307,7 @@ def _generate(
     opened: Mapping[int, bool],
     backend: Backend,
     resume: bool,
+    request: JSONObject,
     on_stage: Callable[[str], None],
     on_progress: Callable[[GenerationProgress], None],
 ) -> GeneratedData:
@@ -268,7 +333,7 @@ def _generate(
     table = make_table(rows)
     on_stage(f"Writing {len(rows):,} rows")
     card = _card_facts(options, sources, backend, completions, counts, rows, table.column_names)
-    store.publish(table, render_card(card), make_table(set_aside) if set_aside else None)
+    store.publish(table, render_card(card), make_table(set_aside) if set_aside else None, {"request": request})
     if unfinished := sum(row["finish_reason"] == "length" for row in rows):
         logger.warning(
             f"{unfinished:,} of {len(rows):,} completions were cut off at generate.max_new_tokens = "
@@ -286,15 +351,19 @@ def _complete(store: CompletionStore, backend: Backend, missing: Sequence[Part],
 
 def _identity(recipe: Recipe, options: Generation, prompts: Sequence[Prompt], backend: Backend) -> JSONObject:
     """Return what determines the completions; a data set is continued only with the same values."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        values = [prompt.source, prompt.row, prompt.content, prompt.tools]
-        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     settings: JSONObject = {
         f"generate.{key}": value for key, value in options.model_dump(mode="json").items() if key not in _NO_IDENTITY
     }
     template = {"data.chat_template": recipe.data.chat_template}
-    return {**backend.identity(), **settings, **template, "prompts": len(prompts), "digest": digest.hexdigest()}
+    return {**backend.identity(), **settings, **template, "prompts": len(prompts), "digest": _digest(prompts)}
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        values = [prompt.source, prompt.row, prompt.content, prompt.tools]
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _card_facts(

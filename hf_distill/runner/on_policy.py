@@ -7,14 +7,14 @@ from datasets import Dataset, Features
 from transformers import BatchEncoding, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from ..data import Examples, split_held_out
+from ..data import Examples
 from ..data.checks import by_row, check_messages
 from ..data.conversations import Conversations
 from ..data.json_files import ExactJson, map_exactly
 from ..data.roles import check_roles
 from ..errors import DistillError, require_package
 from ..recipe.schema import Recipe
-from .datasets import load_source, mix_sources, with_origin
+from .datasets import load_split, mix_sources, with_origin
 
 if TYPE_CHECKING:
     from ..trl import OnPolicyDistillConfig
@@ -59,10 +59,7 @@ def prepare_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: in
     assert spec is not None
     rows = {}
     for name in data.sources:
-        documents = load_source(recipe, name)
-        if data.eval.holdout:
-            assert isinstance(documents, Dataset)  # a recipe cannot hold out examples of a stream
-            documents, _ = split_held_out(documents, data.eval.holdout, seed)
+        documents, _ = load_split(recipe, name, seed)
         part = _filter_by_prompt_length(documents, name, tokenizer, data.max_length - spec.max_completion_length)
         rows[name] = with_origin(part, recipe, name)
     firsts = {name: next(iter(part)) for name, part in rows.items()}

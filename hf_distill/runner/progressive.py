@@ -33,7 +33,11 @@ _DEFAULT_TIMEOUT_SECONDS = 1800  # how long a process may wait for others, by de
 
 
 def run_chain(
-    recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback], on_stage: Callable[[str], None]
+    recipe: Recipe,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+    on_stage: Callable[[str], None],
+    generate: Callable[[], object] = lambda: None,
 ) -> RunResult:
     """Run the stages of a recipe one after another; see `run_recipe`.
 
@@ -51,6 +55,7 @@ def run_chain(
         if evidence.get("status") == "done":
             on_stage("This chain is complete already.")
             return RunResult(folder, evidence["models"])
+        generate()
         for name, part in parts.items():
             on_stage(f"{name}: {_describe(part)}")
             run_single(part, True, callbacks, on_stage)

@@ -1,12 +1,15 @@
 """Runs a recipe: a single student, or a chain of students."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..generation.progress import GenerationProgress
 from ..recipe.schema import Recipe
 from ..trainer.signal_handling import GracefulShutdown
+from .generation_phase import generate_sources
 from .progressive import run_chain
 from .single_run import RunResult, run_single
 
@@ -18,8 +21,11 @@ def run_recipe(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[str], None] = logger.info,
+    on_generation: Callable[[GenerationProgress], None] = lambda progress: None,
 ) -> RunResult:
     """Run a recipe: train and evaluate the student and its control, and write the run folder.
+
+    First the teacher completes the prompts of sources with `generate: true`.
 
     Nothing is pushed to the Hub. The command line handles `train.push_to_hub`; in a script, call
     `publishing.publish` afterwards.
@@ -30,6 +36,7 @@ def run_recipe(
             none.
         callbacks: Callbacks for the trainers.
         on_stage: Called with a short description of each stage when it begins.
+        on_generation: Called at most twice a second while the teacher completes prompts.
 
     Returns:
         The run folder and the metrics.
@@ -41,4 +48,5 @@ def run_recipe(
     """
     run, interrupts = run_chain if recipe.stages else run_single, GracefulShutdown(on_stage)
     with interrupts.installed():
-        return run(recipe, resume, [*callbacks, interrupts], on_stage)
+        generate = partial(generate_sources, recipe, on_stage, on_generation)
+        return run(recipe, resume, [*callbacks, interrupts], on_stage, generate)

@@ -30,7 +30,7 @@ from ..trainer.packed_batches import PackedAttentionCheck
 from ..trainer.trainer import DistillTrainer
 from .cache_writer import check_cached, write_smoke_cache
 from .checkpoint_recipe import RecipeRecord, check_same_content, content_values, launch_values, result_values
-from .datasets import num_training_rows
+from .datasets import num_training_rows, prepare_data
 from .distributed import check_same_on_all_ranks
 from .early_stopping import EarlyStopping
 from .export import export_teachers, teacher_metrics
@@ -58,9 +58,21 @@ class RunResult:
 
 
 def run_single(
-    recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback], on_stage: Callable[[str], None]
+    recipe: Recipe,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+    on_stage: Callable[[str], None],
+    generate: Callable[[], object] = lambda: None,
 ) -> RunResult:
-    """Run a recipe without stages; see `run_recipe`."""
+    """Run a recipe without stages; see `run_recipe`.
+
+    Args:
+        recipe: The recipe.
+        resume: Whether to resume.
+        callbacks: Callbacks for the trainers.
+        on_stage: Called with a short description of each stage.
+        generate: Generates the data, when the folder is locked and before anything is loaded.
+    """
     check_launch(recipe)
     args = arguments(recipe)
     watch = HangWatchdog(args.ddp_timeout)
@@ -70,6 +82,7 @@ def run_single(
         if evidence.get("status") == "done":
             on_stage("This run is complete already.")
             return RunResult(folder, models)
+        generate()
         with watch.running():
             write_smoke_cache(recipe, on_stage)
             return _run(RunContext(recipe, args, folder, [*callbacks, watch], on_stage), evidence)
@@ -93,11 +106,15 @@ def _run(run: "RunContext", evidence: Results) -> RunResult:
         before, student = run.distill()
         record_results(before=before, student=student, **teacher_metrics(recipe, student))
     if recipe.control and "control" not in models:
-        run.on_stage("Training the control on the hard labels only")
+        run.on_stage(f"Training the control on the hard labels {_labels_of_control(recipe)}")
         record_results(control=run.control())
     evidence["status"] = "done"
     record_results()
     return RunResult(folder, models)
+
+
+def _labels_of_control(recipe: Recipe) -> str:
+    return "of the data's completions" if recipe.control == "sft_on_data" else "only"
 
 
 class RunContext:
@@ -124,6 +141,11 @@ class RunContext:
             other_tokenizers = load_teacher_tokenizers(recipe)
             self.data = self.task.prepare_data(self.processor, args.seed, count, other_tokenizers)
             self.prompts = prepare_prompts(recipe, self.processor, args.seed, count) if recipe.on_policy else None
+            self.control_data = self.data
+            if recipe.control == "sft_on_data":
+                self.control_data = prepare_data(
+                    recipe, self.processor, args.seed, count, other_tokenizers, of_data=True
+                )
         self.recipe = recipe
         self.steps: dict[str, int] = {}  # training -> step of the exported model
         self.record = RecipeRecord(result_values(recipe) | launch_values())
@@ -155,7 +177,8 @@ class RunContext:
             # Dispatching would concatenate batches of different lengths.
             args.accelerator_config.dispatch_batches = False
         kind: Callable[..., DistillTrainer] = self.task.trainer_class
-        rows = {"train_dataset": self.data.train, "data_collator": self.data.collator}
+        data = self.control_data if name == "control" else self.data
+        rows = {"train_dataset": data.train, "data_collator": data.collator}
         if on_policy:
             from ..trl import OnPolicyDistillTrainer as kind
 
@@ -192,7 +215,8 @@ class RunContext:
     def train(self, trainer: DistillTrainer, name: str) -> float:
         """Train a student and save it as RUN/name; return the training time in seconds."""
         checkpoint = trainer.newest_checkpoint()
-        content = content_values(self.facts["data"], trainer.teacher)
+        data = self.control_data.facts() if name == "control" else self.facts["data"]
+        content = content_values(data, trainer.teacher)
         if checkpoint is not None:
             check_same_content(checkpoint, content)
         self.record.values |= content

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ...errors import DistillError
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
@@ -11,7 +12,15 @@ from ..confirm import confirm_downloads
 @app.command()
 def generate(
     recipe: Recipe,
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the data set.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder of the data set of all sources. Without it, the sources with generate: true are generated for "
+            "`hf-distill run`.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Generate the parts that are missing in the folder.")
@@ -30,17 +39,23 @@ def generate(
     from ...recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    if output is None and not loaded.data.generated:
+        raise DistillError(
+            "The data set needs a folder, and none is given: pass -o FOLDER; or set data.task.generate to true, and "
+            "`hf-distill run` generates it first."
+        )
     confirm_downloads(recipe, loaded, yes)
     from ...runner.generate import generate_data
+    from ...runner.generation_phase import generate_sources
     from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
     disable_library_progress_bars()
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
-        data = generate_data(loaded, output, resume, progress.log_stage, progress.update_generation)
-    out.print(
-        f"{data.folder}: {data.rows:,} rows of {data.completions:,} completions with {data.tokens:,} tokens. Train on "
-        f"them: hf-distill run {recipe} data.task.path={data.folder}",
-        soft_wrap=True,
-        highlight=False,
-    )
+        shown = (progress.log_stage, progress.update_generation)
+        written = [generate_data(loaded, output, resume, *shown)] if output else generate_sources(loaded, *shown)
+    for data in written:
+        counts = f"{data.rows:,} rows of {data.completions:,} completions with {data.tokens:,} tokens"
+        out.print(f"{data.folder}: {counts}", soft_wrap=True, highlight=False)
+    train = f"hf-distill run {recipe} data.task.path={output}" if output else f"hf-distill run {recipe}"
+    out.print(f"Train on {'the' if written else 'the complete'} data: {train}", soft_wrap=True, highlight=False)

@@ -66,7 +66,7 @@ def run(
 
     disable_library_progress_bars()
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
-        result = run_recipe(loaded, resume=resume, callbacks=[progress], on_stage=progress.log_stage)
+        result = run_recipe(loaded, resume, [progress], progress.log_stage, progress.update_generation)
     results = read_results(result.folder / run_files.RESULTS)
     out.print(results_table(result.models, results.get("chain"), target_noun(loaded)))
     if note := stopping_note(results.get("steps", {})):
