@@ -1,19 +1,21 @@
 """Width pruning: students that are their teacher with fewer hidden channels, neurons, heads or experts."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DistillError
+from .blocks import find_blocks
 from .importance import Importance
 from .pruned_shape import KeptUnits, PrunedShape
 from .pruning import find_cuts, prune_config, student_of
-from .width_structure import KIND_OF_SIZE, Axis, Kind, WidthStructure, check_prunable, find_width_structure
+from .width_axes import KIND_OF_SIZE, Kind, WidthStructure
+from .width_structure import check_prunable, find_width_structure
 
 
 @dataclass(frozen=True)
@@ -64,36 +66,31 @@ def select_units(teacher: PreTrainedModel, shape: PrunedShape, importance: Impor
         DistillError: see `prune_student`.
     """
     structure = importance.structure
+    if find_width_structure(teacher) != structure:
+        raise DistillError("The importance was measured on another model than this teacher: measure it on the teacher.")
     widths = {name: size for name, size in shape.widths().items() if _check_size(teacher, structure, name, size)}
     layers = None
     if shape.layers is not None:
         (cut,) = find_cuts(teacher, {None: shape.layers})
         layers = cut.keep
     is_kept = _in_kept_layers(teacher, layers)
-    channels = None
-    if "hidden_size" in widths:
-        channels = _top(cast(Tensor, importance.channels), widths["hidden_size"])
-    heads = {}
-    if "num_attention_heads" in widths:
-        heads = {
-            group: _top_heads(scores, structure, widths["num_attention_heads"])
-            for group, scores in importance.heads.items()
-            if is_kept(group)
-        }
-    experts = {}
-    if "num_experts" in widths:
-        scores = importance.experts
-        experts = {group: _top(scores[group], widths["num_experts"]) for group in scores if is_kept(group)}
+
+    def scores(kind: Kind) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield the modules in kept blocks whose units are chosen, with their number of units and their scores."""
+        for group, size in structure.groups(kind).items():
+            if size in widths and is_kept(group):
+                yield group, widths[size], importance.scores(kind, group)
+
+    channels = next((_top(values, count) for _, count, values in scores("channels")), None)
+    heads = {group: _top_heads(values, structure, count) for group, count, values in scores("heads")}
+    experts = {group: _top(values, count) for group, count, values in scores("experts")}
     neurons: dict[str, list[int] | list[list[int]]] = {}
-    for group, size in structure.groups("neurons").items():
-        if size not in widths or not is_kept(group):
-            continue
-        scores_of_group = importance.neurons[group]
-        if scores_of_group.dim() == 1:
-            neurons[group] = _top(scores_of_group, widths[size])
+    for group, count, values in scores("neurons"):
+        if values.dim() == 1:
+            neurons[group] = _top(values, count)
         else:
-            chosen = experts.get(group.rpartition(".")[0], range(len(scores_of_group)))
-            neurons[group] = [_top(scores_of_group[expert], widths[size]) for expert in chosen]
+            chosen = experts.get(group.rpartition(".")[0], range(len(values)))
+            neurons[group] = [_top(values[expert], count) for expert in chosen]
     return KeptUnits(layers, channels, neurons or None, heads or None, experts or None)
 
 
@@ -118,8 +115,11 @@ def keep_units(teacher: nn.Module, kept: KeptUnits) -> PreTrainedModel:
     axes, state = structure.axes, inner.state_dict()
     for cut in cuts:
         axes, state = cut.rename(axes), cut.rename(state)
-    narrow = {name: _narrow(value, axes.get(name, ()), structure, kept) for name, value in state.items()}
-    return student_of(inner, config, narrow, cuts)
+    narrow = {name: structure.narrow(value, axes.get(name, ()), kept) for name, value in state.items()}
+    student = student_of(inner, config, narrow, cuts)
+    if kept.channels is not None and structure.scaled_embeddings:
+        _keep_embedding_scale(student, structure, (structure.sizes["hidden_size"] / len(kept.channels)) ** 0.5)
+    return student
 
 
 def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, size: int) -> bool:
@@ -138,11 +138,18 @@ def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, 
     if not 0 < size <= own:
         raise DistillError(f"{name} is {size}: give a number from 1 to {own}, the teacher's.")
     if name == "num_attention_heads":
-        group = own // structure.sizes["num_key_value_heads"]
+        group = structure.heads_per_group
         if size % group:
             raise DistillError(
                 f"num_attention_heads is {size}: the teacher's {own} heads are in groups of {group} with one key and "
                 f"value head, and groups are kept whole. Give a multiple of {group}, up to {own}."
+            )
+    if _has_expert_tensors(structure) and KIND_OF_SIZE[name] in ("channels", "neurons"):
+        multiple = 16 // teacher.dtype.itemsize
+        if size % multiple and own % multiple == 0:
+            raise DistillError(
+                f"{name} is {size}: the experts are multiplied in groups, for which rows of weights must be multiples "
+                f"of 16 bytes. Give a multiple of {multiple}."
             )
     if name == "num_experts":
         chosen = getattr(teacher.config.get_text_config(), "num_experts_per_tok", None) or 1
@@ -151,12 +158,17 @@ def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, 
     return size < own
 
 
+def _has_expert_tensors(structure: WidthStructure) -> bool:
+    """Whether the weights of all experts of a block are in one tensor."""
+    return any(len(axes) == 3 and axes[0] is not None and axes[0].kind == "experts" for axes in structure.axes.values())
+
+
 def _in_kept_layers(teacher: PreTrainedModel, layers: Sequence[int] | None) -> Callable[[str], bool]:
     """Return a function that says whether a module remains when only some blocks are kept."""
     if layers is None:
         return lambda group: True
     (cut,) = find_cuts(teacher, {None: layers})
-    return lambda group: bool(cut.rename({f"{group}.": None}))
+    return lambda group: not group or bool(cut.rename({f"{group}.": None}))
 
 
 def _top(scores: Tensor, count: int) -> list[int]:
@@ -211,10 +223,9 @@ def _narrow_config(config: PretrainedConfig, structure: WidthStructure, sizes: M
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for name, size in sizes.items():
-        setattr(text, name, size)
+        setattr(text, structure.names[name], size)
     if "num_attention_heads" in sizes and getattr(text, "num_key_value_heads", None) is not None:
-        per_group = structure.sizes["num_attention_heads"] // structure.sizes["num_key_value_heads"]
-        text.num_key_value_heads = sizes["num_attention_heads"] // per_group
+        text.num_key_value_heads = sizes["num_attention_heads"] // structure.heads_per_group
     if getattr(text, "head_dim", None) is None and text.hidden_size // text.num_attention_heads != structure.head_dim:
         text.head_dim = structure.head_dim
     try:
@@ -228,38 +239,35 @@ def _narrow_config(config: PretrainedConfig, structure: WidthStructure, sizes: M
     return config
 
 
-def _narrow(value: Tensor, axes: Sequence[Axis | None], structure: WidthStructure, kept: KeptUnits) -> Tensor:
-    """Return the part of a weight that belongs to the kept units."""
-    for dim, axis in enumerate(axes):
-        if axis is None:
-            continue
-        units = _units_of(axis, kept)
-        if units is None:
-            continue
-        if isinstance(units[0], list):  # other neurons of each expert; the experts, which are dimension 0, come first
-            indices = [_entries(axis, structure, cast(list[int], part)).to(value.device) for part in units]
-            parts = [value[i].index_select(dim - 1, index) for i, index in enumerate(indices)]
-            value = torch.stack(parts)
-        else:
-            value = value.index_select(dim, _entries(axis, structure, cast(list[int], units)).to(value.device))
-    return value
+@torch.no_grad()
+def _keep_embedding_scale(student: PreTrainedModel, structure: WidthStructure, factor: float) -> None:
+    """Multiply the embeddings of a student by a factor, which its multiplication by sqrt(hidden_size) lacks.
 
+    If the output head is tied to the embeddings, the last norm is divided by the factor, so that logits do not change.
 
-def _units_of(axis: Axis, kept: KeptUnits) -> list[int] | list[list[int]] | None:
-    """Return the kept units of an axis; None keeps all."""
-    if axis.kind == "channels":
-        return kept.channels
-    units: Mapping[str, list] | None = getattr(kept, axis.kind)
-    return (units or {}).get(axis.group)
-
-
-def _entries(axis: Axis, structure: WidthStructure, units: list[int]) -> Tensor:
-    """Return the indices of a dimension that belong to units."""
-    entries: list[int] = []
-    for run in axis.runs:
-        chosen = units
-        if run.by_group:
-            per_group = structure.sizes["num_attention_heads"] // structure.sizes["num_key_value_heads"]
-            chosen = sorted({unit // per_group for unit in units})
-        entries += [run.start + unit * run.size + i for unit in chosen for i in range(run.size)]
-    return torch.tensor(entries)
+    Raises:
+        DistillError: the last norm of a tied head is not found.
+    """
+    embeddings: Tensor = cast(Any, student).get_input_embeddings().weight
+    head = cast(Any, student).get_output_embeddings()
+    embeddings.mul_(factor)
+    if head is None or head.weight is not embeddings:
+        return
+    root = cast(nn.Module, student)
+    blocks, _ = find_blocks(root)
+    norms = [
+        name.removesuffix(".weight")
+        for name, axes in structure.axes.items()
+        if len(axes) == 1 and axes[0] is not None and axes[0].kind == "channels" and not name.startswith(f"{blocks}.")
+    ]
+    if len(norms) != 1:
+        raise DistillError(
+            f"hidden_size of {type(student).__name__} cannot be pruned: its embeddings are multiplied by the square "
+            f"root of the hidden size and tied to its output head, and its last norm is not found among {norms}."
+        )
+    norm: Any = root.get_submodule(norms[0])
+    weight: Tensor = norm.weight
+    signs = torch.ones_like(weight)
+    signs[1::2] = -1  # mean 0, root mean square 1
+    offset = ((norm(signs) * signs).float() - weight.float()).median().round()  # 1 if it multiplies by 1 + weight
+    weight.copy_((weight.float() + offset) / factor - offset)
