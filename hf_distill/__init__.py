@@ -26,6 +26,7 @@ _HOME = {
     "QuantizationScheme": "student",
     "prepare_quantized_student": "student",
     "convert_quantized_student": "student",
+    "trim_vocabulary": "student",
     "load_recipe": "recipe",
     "run_recipe": "recipe",
 }

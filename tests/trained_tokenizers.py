@@ -90,3 +90,35 @@ def _wrap(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
 
 
 KINDS = ("digits", "groups", "nfc", "gemma", "first", "always", "llama")
+
+
+@cache
+def unigram(byte_fallback: bool) -> PreTrainedTokenizerFast:
+    """A SentencePiece tokenizer of scores, with or without tokens of bytes."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=700, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if byte_fallback:
+        content = json.loads(tokenizer.to_str())
+        content["model"]["vocab"] += [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
+        tokenizer = Tokenizer.from_str(json.dumps(content | {"model": content["model"] | {"byte_fallback": True}}))
+    return _wrap(tokenizer, unk="<unk>", eos="</s>")
+
+
+@cache
+def wordpiece() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer that adds special tokens, as BERT's."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    return _wrap(tokenizer, unk="[UNK]", pad="[PAD]", cls="[CLS]", sep="[SEP]")

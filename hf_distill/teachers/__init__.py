@@ -14,6 +14,7 @@ from .remote import RemoteTeacher
 from .routed_teacher import RoutedTeacher
 from .self_teacher import AdapterBaseTeacher
 from .trainable import TrainableTeacher
+from .trimmed_vocabulary import TrimmedVocabularyTeacher
 
 __all__ = [
     "AdapterBaseTeacher",
@@ -31,4 +32,5 @@ __all__ = [
     "SnapshotTeacher",
     "Teacher",
     "TrainableTeacher",
+    "TrimmedVocabularyTeacher",
 ]

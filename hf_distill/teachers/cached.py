@@ -138,6 +138,17 @@ class CachedTeacher(Teacher):
         """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""
         self._vocab_size = self.manifest.vocab_size
 
+    def keep_ids(self, ids: Tensor) -> None:
+        """Return the logits of some ids only, which a cache of kind hidden can do.
+
+        Args:
+            ids: [V'] the ids.
+        """
+        tensors = {
+            name: self._head[name][ids.to(self._head[name].device)] for name in ("weight", "bias") if name in self._head
+        }
+        self._head = {**self._head, **tensors}
+
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
         """Return the temperatures, divergences and features of terms of this teacher that the cache does not hold."""
         manifest, problems = self.manifest, []

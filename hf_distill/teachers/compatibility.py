@@ -20,9 +20,14 @@ from ..models.declared_types import type_as_teacher
 from ..models.image_inputs import image_inputs
 from ..models.model_call import accepts_any_input, input_names
 from ..models.model_types import TOKEN, ModelType, how_to_match, model_type_of, unwrap_model, with_config
+from ..models.vocabulary import is_trimmed
 from .base import OtherTokens, Teacher
 
 logger = logging.get_logger(__name__)
+_TRIMMED_TOKENIZER = (
+    "The student's tokenizer is a trimmed one of the teacher's: pass TrimmedVocabularyTeacher(teacher) of "
+    "hf_distill.teachers, which compares the ids that both have."
+)
 _OTHER_TOKENIZER = (
     "Use a teacher with the student's tokenizer, or set cross_tokenizer='alm' in DistillConfig (in a recipe "
     "`distill.cross_tokenizer: alm`), which compares spans of text instead of tokens."
@@ -241,7 +246,7 @@ def check_vocabulary(
         raise DistillError(
             f"The teacher has {teacher_size} ids and the student {student_size}, and {len(differ)} ids mean different "
             f"tokens (first: {i} is {tokens_t[i]!r} for the teacher and {tokens_s[i]!r} for the student). "
-            f"{remedy}"
+            f"{_TRIMMED_TOKENIZER if is_trimmed(student, teacher) else remedy}"
         )
     missing = sorted({*tokens_s} - {*tokens_t})
     if missing:

@@ -76,7 +76,7 @@ class FrozenTeacher(Teacher):
         self.processing_class = processing_class
         self.model = None if isinstance(model, str) else run_eagerly(model)
         self._limits: InputLimits | None = None
-        self.reads_own_tokens = False  # `CrossTokenizerTeacher` sets it: `prepare` then gets the teacher's tokenizer
+        self.reads_own_tokens = False  # a wrapper sets it, and `prepare` then gets the teacher's tokenizer
         self._head, self._is_float32 = FrozenHead(), False
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
@@ -111,6 +111,14 @@ class FrozenTeacher(Teacher):
         self.model = self._loader.dispatch(self.model, device)
         self._limits = InputLimits.of(self.model, student, self.reads_own_tokens or self.other_tokens is not None)
         self.context_length = self._limits.positions
+
+    def keep_ids(self, ids: Tensor) -> None:
+        """Return the logits of some ids only, if they are lazy.
+
+        Args:
+            ids: [V'] the ids.
+        """
+        self._head.ids = ids
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer that is stored with the model; None if there is none.
@@ -148,7 +156,7 @@ class FrozenTeacher(Teacher):
     def numbers_of_any_rows(self, inputs: dict, shift: bool) -> dict[str, Tensor]:
         """Return a sample of the output head, which tells whether its copy is still valid."""
         device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        sample = head_sample(self.model, device)
+        sample = head_sample(self.model, device, self._head.ids is not None)
         return {} if sample is None else {self._sample_name: sample}
 
     @torch.no_grad()
@@ -158,7 +166,7 @@ class FrozenTeacher(Teacher):
         if self._limits is not None:
             inputs = self._limits.readable(inputs, targets.numbers)
         if (sample := targets.numbers.get(self._sample_name)) is None:  # not read with the batch
-            tensor = head_sample(self.model, targets.labels.device)
+            tensor = head_sample(self.model, targets.labels.device, self._head.ids is not None)
             sample = () if tensor is None else tensor.tolist()
         self._head.sample = tuple(sample)
         device = input_device(self.model) or targets.labels.device

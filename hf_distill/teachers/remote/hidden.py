@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.logits import upload
 from ...core.references import public_name
@@ -210,6 +210,10 @@ class HiddenProtocol(RemoteProtocol):
         layers = {key.layer: tensors[wire.layer_name(key.layer)] for key in feature_requests}
         on_device = {layer: upload(tensor, device).to(dtype) for layer, tensor in layers.items()}
         return Signals(logits, {key: on_device[key.layer] for key in feature_requests})
+
+    def keep_ids(self, ids: Tensor) -> None:
+        """Return the logits of some ids only, [V']."""
+        self._frozen_head.ids = ids
 
     def incompatible_terms(self, terms: Sequence[Term]) -> list[str]:
         """Return the terms on attention; every divergence, temperature and loss on hidden states is possible."""

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY_SECONDS
 from ...core.results import ServerFacts
@@ -147,6 +147,15 @@ class RemoteTeacher(Teacher):
     def keeps_all_ids(self) -> bool:
         """Whether it returns all ids of the teacher, see `keep_all_ids`."""
         return self.student_vocab_size == sys.maxsize
+
+    def keep_ids(self, ids: Tensor) -> None:
+        """Return the logits of some ids only, which a server of hidden states can do.
+
+        Args:
+            ids: [V'] the ids.
+        """
+        assert isinstance(self.protocol, HiddenProtocol), "servers of log-probabilities do not return all of them"
+        self.protocol.keep_ids(ids)
 
     def check_data(self, rows: Any, name: str) -> None:
         """Check that every document of a data set fits into the context of the servers; a stream is not checked.
