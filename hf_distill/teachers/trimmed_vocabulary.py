@@ -21,7 +21,6 @@ from .compatibility import tokenizer_in
 from .frozen import FrozenTeacher
 from .remote import RemoteTeacher
 
-_WRAPPED = (FrozenTeacher, CachedTeacher, RemoteTeacher)
 _IDS = ("input_ids", "labels", "shift_labels")
 
 
@@ -45,13 +44,13 @@ class TrimmedVocabularyTeacher(Teacher):
     """
 
     def __init__(self, teacher: Teacher | nn.Module | str, *, processing_class: Any = None):
-        self.teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
-        self.processing_class = processing_class
-        if not isinstance(self.teacher, _WRAPPED):
+        teacher = teacher if isinstance(teacher, Teacher) else FrozenTeacher(teacher)
+        if not isinstance(teacher, FrozenTeacher | CachedTeacher | RemoteTeacher):
             raise DistillError(
-                f"A {type(self.teacher).__name__} has the student's vocabulary, which is trimmed, or learns it: use a "
+                f"A {type(teacher).__name__} has the student's vocabulary, which is trimmed, or learns it: use a "
                 "frozen, cached or remote teacher for TrimmedVocabularyTeacher, or this teacher without it."
             )
+        self.teacher, self.processing_class = teacher, processing_class
         if not self.teacher.has_full_logits:
             raise DistillError(
                 "The teacher returns the probabilities of some ids of its full vocabulary, and those of a trimmed "
