@@ -19,6 +19,7 @@ from transformers import (
 from ...core.json_types import JSONObject
 from ...errors import DistillError, RunError
 from ..completion import Completion, FinishReason, Part, Request, SamplingSettings, cut_at_stop
+from .row_dropping import generate_and_drop_rows
 
 _CPU_PAGE_TOKENS = 32
 _RESULT_SECONDS = 1.0  # for which a result is waited for before the generation thread is checked
@@ -196,6 +197,7 @@ class TransformersBackend:
             generation_config=config,
             logits_processor=LogitsProcessorList([recorder] if self.settings.log_probs else []),
             stopping_criteria=criteria,
+            custom_generate=generate_and_drop_rows,
         )
         new, log_probs = out[:, width:].tolist(), recorder.of(out)
         return [self._until_end(*row) for row in zip(new, log_probs or [[]] * len(new), strict=True)]
@@ -244,23 +246,40 @@ class _LogProbRecorder(LogitsProcessor):
     """
 
     def __init__(self, width: int):
-        self.width, self._last = width, cast(torch.Tensor | None, None)
+        self.width, self._last = width, cast(torch.Tensor | None, None)  # [N, V] log-probabilities of the next tokens
+        self._rows = cast(torch.Tensor | None, None)  # [N] of the batch that are left
         self._values: list[torch.Tensor] = []  # [B] for each generated token but the last
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._rows is None:
+            self._rows = self._all = torch.arange(len(scores), device=scores.device)
         self._take(input_ids)
         self._last = torch.log_softmax(scores.float(), -1)
         return scores
 
+    def keep_rows(self, rows: torch.Tensor, input_ids: torch.Tensor) -> None:
+        """Go on with some of the rows; see `FollowsRows`."""
+        self._take(input_ids)
+        assert self._rows is not None
+        self._rows = self._rows[rows]
+
     def _take(self, input_ids: torch.Tensor) -> None:
+        """Record the values of the newest token of each row that is left."""
         if self._last is not None and input_ids.shape[1] > self.width:
-            self._values.append(self._last.gather(1, input_ids[:, -1:]).squeeze(1))
+            values = self._last.new_zeros(len(self._all))
+            values[self._rows] = self._last.gather(1, input_ids[:, -1:]).squeeze(1)
+            self._values.append(values)
+            self._last = None
 
     def of(self, output: torch.Tensor) -> list[list[float]]:
-        """Return the log-probabilities of the new tokens of each row; [] if none were recorded."""
-        if self._last is None:
+        """Return the log-probabilities of the new tokens of each row; [] if none were recorded.
+
+        Args:
+            output: ids [B, S] of prompts and completions.
+        """
+        if self._rows is None:
             return []
-        self._take(output)
+        self._take(output[self._rows])
         return torch.stack(self._values, 1).tolist()
 
 

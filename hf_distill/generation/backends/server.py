@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...core.json_types import JSON, JSONObject
+from ...core.json_types import JSONObject
 from ...errors import DistillError
 from ...teachers.remote.identity import START_RETRY_SECONDS
 from ...teachers.remote.pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
@@ -44,7 +44,7 @@ class ServerBackend:
         model: str | None,
         settings: SamplingSettings,
         tags: tuple[str, str],
-        template_variables: Mapping[str, JSON] | None = None,
+        template_variables: Mapping[str, object] | None = None,
     ):
         self.pool, self.settings, self.tags = pool, settings, tags
         self.template_variables = template_variables or {}
