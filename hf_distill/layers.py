@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from .errors import DistillError
 
 Pairs = list[tuple[int, int]]
-LEARNED = "learned"
+LEARNED, KEPT, AUTO = "learned", "kept", "auto"
 
 
 def uniform(n_student: int, n_teacher: int) -> Pairs:
@@ -70,38 +70,51 @@ def check_layers(spec: object) -> None:
     """Check the form of a layer mapping, before the depths of the models are known.
 
     Args:
-        spec: "uniform", "stretch", "last:N", "learned", or a list of [student layer, teacher layer].
+        spec: "auto", "kept", "uniform", "stretch", "last:N", "learned", or a list of [student layer, teacher layer].
 
     Raises:
         DistillError: it is none of these.
     """
     if isinstance(spec, str):
         word, _, n = spec.partition(":")
-        if spec in ("uniform", "stretch", LEARNED) or (word == "last" and n.isdigit() and int(n) > 0):
+        if spec in ("uniform", "stretch", LEARNED, KEPT, AUTO) or (word == "last" and n.isdigit() and int(n) > 0):
             return
     elif isinstance(spec, Sequence) and spec and all(_is_pair(pair) for pair in spec):
         return
     raise DistillError(
-        f"layers is {spec!r}; it must be uniform, stretch, last:N, learned, or [student, teacher] pairs such as "
-        "[[3, 9], [7, 19]]"
+        f"layers is {spec!r}; it must be kept, uniform, stretch, last:N, learned, or [student, teacher] pairs such "
+        "as [[3, 9], [7, 19]]"
     )
 
 
-def map_layers(spec: str | Sequence[Sequence[int]], n_student: int, n_teacher: int) -> Pairs:
+def map_layers(
+    spec: str | Sequence[Sequence[int]], n_student: int, n_teacher: int, kept: Sequence[int] | None = None
+) -> Pairs:
     """Return the (student layer, teacher layer) pairs of a layer mapping.
 
     Args:
-        spec: see `check_layers`. A "learned" mapping starts at "stretch" and has its pairs.
+        spec: see `check_layers`. "kept" pairs each layer of a pruned student with the teacher layer that it was. "auto"
+            is "kept" for a pruned student and "stretch" for others. A "learned" mapping starts at "auto" and has its
+            pairs.
         n_student: number of student layers.
         n_teacher: number of teacher layers.
+        kept: the teacher's layers that a pruned student consists of; None if it is not known.
 
     Raises:
-        DistillError: `spec` is no layer mapping, or one of the models does not have a layer.
+        DistillError: `spec` is no layer mapping, one of the models does not have a layer, or it is "kept" and the
+            layers that were kept are not known.
     """
     check_layers(spec)
+    if spec == KEPT and kept is None:
+        raise DistillError(
+            "layers is kept, and the student was not made from this teacher by pruning in this process, so which "
+            "layers it kept is not known: use stretch, or [student, teacher] pairs."
+        )
+    if spec in (KEPT, AUTO, LEARNED) and kept is not None:
+        return list(enumerate(kept))
     if spec == "uniform":
         return uniform(n_student, n_teacher)
-    if spec in ("stretch", LEARNED):
+    if spec in ("stretch", AUTO, LEARNED):
         return stretch(n_student, n_teacher)
     if isinstance(spec, str):
         return last(n_student, n_teacher, int(spec.partition(":")[2]))

@@ -5,31 +5,34 @@ from transformers import AutoModelForCausalLM
 
 from ..core import run_files
 from ..errors import DistillError
-from ..models.pruning import cut_student
+from ..models.pruned_shape import KeptUnits
 from ..runner.model_loading import load_pretrained
+from ..runner.pruning import Pruner, prune_to
 from ..runner.run_results import Run
 
 
 def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
-    """Return the student before training: the blocks that were kept of its teacher, or a published model.
+    """Return the student before training: what was kept of its teacher, or a published model.
 
     Args:
         run: see `open_run`.
         teacher: the model that the student was cut from; not needed if the student began as a published model.
 
     Raises:
-        DistillError: results.json does not contain which blocks were kept.
+        DistillError: the run folder does not contain what was kept.
     """
     spec, donor = run.recipe.student, teacher
     if spec.from_teacher is None or donor is None:
         donor = load_pretrained(AutoModelForCausalLM, str(spec.model), revision=spec.revision, dtype=spec.dtype)
     if spec.from_teacher is None:
         return donor.requires_grad_(False).eval()
+    pruner = Pruner(spec.from_teacher)
+    pruner.load(run.folder)
     layers = run.results.get("student", {}).get("layers_kept")
-    if layers is None:
+    if pruner.kept is None and (layers is None or spec.from_teacher.prunes_width):
         raise DistillError(
-            f"{run.folder / run_files.RESULTS} does not contain which blocks the student kept (student.layers_kept): "
-            "`hf-distill run RECIPE --resume` completes the run and writes it."
+            f"{run.folder / run_files.PRUNING} does not exist, so what the student kept of its teacher is not known: "
+            "`hf-distill run RECIPE --resume` completes the run and writes it; the stages of a chain have one each."
         )
-    student: nn.Module = cut_student(donor, layers)
+    student: nn.Module = prune_to(donor, pruner.kept or KeptUnits(layers=layers))
     return student.to(next(donor.parameters()).dtype).requires_grad_(False).eval()

@@ -19,8 +19,14 @@ class ProjectorOptions(StrictModel):
         description="Kind of projector. auto uses a linear projector where the widths differ. "
         f"Default: {PROJECTOR_KIND}.",
     )
-    init: Literal["orthogonal", "identity"] = Field(
-        PROJECTOR_INIT, description=f"Initialization of the projector weights. Default: {PROJECTOR_INIT}."
+    init: Literal["auto", "orthogonal", "identity", "selection"] = Field(
+        PROJECTOR_INIT,
+        description="Initialization of the projector weights. selection: each channel of a student whose width was "
+        "pruned starts at the channel of the teacher that it was. auto: selection for such a student, else orthogonal. "
+        f"Default: {PROJECTOR_INIT}.",
+    )
+    trainable: bool = Field(
+        True, description="Whether the projectors are trained; false keeps their initialization. Default: true."
     )
     learning_rate: float | None = Field(
         None, ge=0, description="Learning rate of the projectors, at least 0. Default (null): train.learning_rate."
@@ -28,6 +34,14 @@ class ProjectorOptions(StrictModel):
     weight_decay: float | None = Field(
         None, ge=0, description="Weight decay of the projectors, at least 0. Default (null): train.weight_decay."
     )
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        if self.kind == "mlp" and self.init == "selection":
+            raise ValueError("init selection is a matrix, and kind is mlp: use kind linear or auto, or another init")
+        if not self.trainable and (self.learning_rate is not None or self.weight_decay is not None):
+            raise ValueError("trainable is false, so learning_rate and weight_decay have no effect: remove them")
+        return self
 
 
 class ViewOptions(StrictModel):

@@ -10,7 +10,7 @@ DIVERGENCE = "forward_kl"
 
 # Projectors and views of a batch.
 PROJECTOR_KIND: Final = "auto"
-PROJECTOR_INIT: Final = "orthogonal"
+PROJECTOR_INIT: Final = "auto"
 SPAN_LENGTH_TOKENS = 3
 
 # Training.
@@ -33,6 +33,9 @@ EVALUATION_SPLIT = "test"
 OVERFLOW: Final = "truncate"
 STOPPING_STRATEGY: Final = "first_exhausted"
 PREVIEWED_ROWS = 3
+
+# Pruning.
+CALIBRATION_ROWS = 8  # that measure block influence and activations
 
 # Generation.
 MAX_NEW_TOKENS = 512

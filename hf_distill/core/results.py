@@ -6,13 +6,19 @@ Metrics: TypeAlias = dict[str, float]
 
 
 class ModelFacts(TypedDict, total=False):
-    """Size of a model; indices of the teacher's layers that it consists of; block influence of each of its layers."""
+    """Size of a model; what it consists of, if it was pruned; block influence of each of its layers.
+
+    layers_kept: indices of the teacher's layers; with decoder_layers_kept and encoder_layers_kept of an encoder and a
+                 decoder
+    widths:      sizes of its width that were pruned, by their names in the config
+    """
 
     parameters: int
     blocks: int
     layers_kept: list[int]
     decoder_layers_kept: list[int]
     encoder_layers_kept: list[int]
+    widths: dict[str, int]
     block_influence: list[float]
 
 

@@ -2,6 +2,7 @@
 
 RECIPE = "recipe.yaml"  # the resolved recipe
 RESULTS = "results.json"  # metrics, models and environment
+PRUNING = "pruning.json"  # the units of the teacher that a pruned student consists of
 METRICS = "metrics.jsonl"  # the values that were logged during training
 NONFINITE_STEPS = "nonfinite_steps.json"  # the steps that were skipped or ended the run
 INSPECTION = "inspection.json"

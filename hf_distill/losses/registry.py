@@ -13,7 +13,7 @@ from ..core.options import POSITIVE, option_problem, option_schema
 from ..errors import DistillError, did_you_mean, raise_if_any
 
 Limits: TypeAlias = Mapping[str, Mapping[str, object]]  # option -> keys of JSON Schema
-FEATURE_OPTIONS = {"layers": "stretch", "stack": None}  # of every loss on layers: layer mapping and stack
+FEATURE_OPTIONS = {"layers": "auto", "stack": None}  # of every loss on layers: layer mapping and stack
 EMBEDDING_OPTIONS = {"pooling": "mean", "teacher_pooling": None}  # of losses on embeddings; None: as the student
 _EMBEDDING_SCHEMAS = {
     "pooling": option_schema("mean", {"enum": [*POOLINGS]}),

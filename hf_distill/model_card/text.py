@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ..core.escape import code_span, markdown
 from ..core.held_out_metrics import target_words
+from ..core.pruned_sizes import shape_text
 from ..core.references import is_id
 from ..losses import LOSSES
 from .data import CardData, DatasetFacts, ObjectiveFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts
@@ -142,10 +143,14 @@ def _machine_lines(environment: Mapping[str, str | int | None]) -> list[str]:
 def _student(facts: CardData) -> str:
     student = facts.student
     size = f" with {_count(student['parameters'])} parameters" if student.get("parameters") else ""
-    if student.get("layers_kept"):
+    if student.get("layers_kept") or student.get("widths"):
         is_cut_from_teacher = any(t.get("model") == student.get("model") for t in facts.teachers.values())
-        blocks = "its teacher's blocks" if is_cut_from_teacher else f"the blocks of {_model_link(student.get('model'))}"
-        return f"A model{size}, made of {len(student['layers_kept'])} of {blocks}"
+        widths = f"pruned to {shape_text(student['widths'])}" if student.get("widths") else ""
+        origin = "its teacher" if is_cut_from_teacher else _model_link(student.get("model"))
+        if not student.get("layers_kept"):
+            return f"A model{size}, {origin} {widths}"
+        blocks = "its teacher's blocks" if is_cut_from_teacher else f"the blocks of {origin}"
+        return f"A model{size}, made of {len(student['layers_kept'])} of {blocks}{widths and f', {widths}'}"
     kind = "Adapters on" if student.get("adapters") else f"A model{size}, initialized from"
     return f"{kind} {_model_link(student.get('model'))}"
 
@@ -199,10 +204,11 @@ def _teacher(entry: TeacherFacts) -> str:
 
 def _origin(student: StudentFacts) -> str:
     text = _model_link(student.get("model"))
+    widths = f", pruned to {shape_text(student['widths'])}" if student.get("widths") else ""
     if layers := student.get("layers_kept"):
-        return f"blocks {', '.join(map(str, layers))} of {text}"
+        return f"blocks {', '.join(map(str, layers))} of {text}{widths}"
     text += f", commit {code_span(revision[:12])}" if (revision := student.get("revision")) else ""
-    return text + (", with adapters" if student.get("adapters") else "")
+    return text + widths + (", with adapters" if student.get("adapters") else "")
 
 
 def _divergence(name: str | Mapping[str, object]) -> str:

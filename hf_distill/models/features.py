@@ -17,6 +17,7 @@ from ..losses.embedding import EMBEDDING_SIMILARITY, embedding_cosine
 from ..losses.objective import Term
 from .blocks import LayerStack, get_layer_stack
 from .projectors import LayerMixture, ProjectorConfig
+from .pruned_origin import PrunedOrigin, origin_of
 from .sidecar import Sidecar
 
 StackOf = Callable[[Term], LayerStack]  # returns the blocks of the teacher that a term reads
@@ -30,17 +31,24 @@ class FeatureTerm:
     pairs:   (student layer, teacher layer); those from which a learned mapping starts
     student: the student's blocks
     teacher: the teacher's blocks
+    origin:  what the student was pruned from; None if it was not pruned
     """
 
     term: Term
     pairs: Pairs
     student: LayerStack
     teacher: LayerStack
+    origin: PrunedOrigin | None = None
 
     @property
     def is_learned(self) -> bool:
         """Whether the layer mapping is learned: each student layer is compared with a mixture of all teacher layers."""
         return self.term.layers == LEARNED
+
+    @property
+    def channels(self) -> tuple[int, ...] | None:
+        """The teacher's hidden channels that the student kept; None if it was not pruned from this teacher's width."""
+        return None if self.origin is None else self.origin.channels_of(self.student.width, self.teacher.width)
 
     def student_key(self, layer: int) -> FeatureKey:
         """Return the key of the feature that the term reads in a layer of the student."""
@@ -178,8 +186,9 @@ class Features:
         for term in (term for term in terms if term.loss.feature):
             with collect_errors(problems):
                 resolved.append(_resolve_term(term, student, teacher))
-                if term.loss.project:
-                    projectors.needs_projector(resolved[-1].student.width, resolved[-1].teacher.width)
+                widths = (resolved[-1].student.width, resolved[-1].teacher.width)
+                if term.loss.project and projectors.needs_projector(*widths):
+                    projectors.check_channels(resolved[-1].channels)
         raise_if_any(problems)
         return cls(resolved, projectors)
 
@@ -194,6 +203,7 @@ class Features:
                 m.pairs,
                 m.student.width,
                 m.teacher.width,
+                m.channels,
                 len(m.teacher.blocks),
             )
             for m in self.terms
@@ -208,7 +218,8 @@ class Features:
         for feature_term in self.terms:
             widths = (feature_term.student.width, feature_term.teacher.width)
             if feature_term.term.loss.project and self.projectors.needs_projector(*widths):
-                built = {f"{s}-{t}": self.projectors.build(*widths, generator) for s, t in feature_term.pairs}
+                channels = feature_term.channels
+                built = {f"{s}-{t}": self.projectors.build(*widths, generator, channels) for s, t in feature_term.pairs}
                 projectors[feature_term.term.name] = nn.ModuleDict(built)
             if feature_term.is_learned:
                 mappings[feature_term.term.name] = LayerMixture(feature_term.pairs, len(feature_term.teacher.blocks))
@@ -264,8 +275,10 @@ def _resolve_term(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTe
                 )
     if term.loss.feature == EMBEDDING:
         return FeatureTerm(term, [(0, 0)], student_stack, teacher_stack)
+    origin, depths = origin_of(student), (len(student_stack.blocks), len(teacher_stack.blocks))
+    kept = None if origin is None else origin.layers_of(student_stack.name, *depths)
     try:
-        pairs = map_layers(term.layers, len(student_stack.blocks), len(teacher_stack.blocks))
+        pairs = map_layers(term.layers, *depths, kept)
     except DistillError as error:
         raise DistillError(f"{term.name}: {error}") from None
-    return FeatureTerm(term, pairs, student_stack, teacher_stack)
+    return FeatureTerm(term, pairs, student_stack, teacher_stack, origin)

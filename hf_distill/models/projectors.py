@@ -1,6 +1,7 @@
 """Projectors from the student's hidden size to the teacher's, for losses on hidden states. They are not exported."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ class ProjectorConfig(ProjectorOptions):
     """Options of the projectors, and the projectors that they describe.
 
     kind:          "auto" (linear if the widths differ, else none), "linear", "mlp" or "none"
-    init:          "orthogonal", or "identity" (padded with zeros, or truncated)
+    init:          "orthogonal", "identity" (padded with zeros, or truncated), "selection" (the teacher's channels that
+                   a pruned student kept), or "auto" (selection for such a student, else orthogonal)
+    trainable:     whether they are trained
     learning_rate: of the projectors; None for that of the run
     weight_decay:  of the projectors; None for that of the run
     """
@@ -53,24 +56,48 @@ class ProjectorConfig(ProjectorOptions):
             )
         return self.kind in ("linear", "mlp") or (self.kind == "auto" and from_width != to_width)
 
-    def build(self, from_width: int, to_width: int, generator: torch.Generator) -> nn.Module:
+    def check_channels(self, channels: Sequence[int] | None) -> None:
+        """Check that the channels for the initialization are known.
+
+        Args:
+            channels: see `build`.
+
+        Raises:
+            DistillError: init is "selection", and they are not.
+        """
+        if self.init == "selection" and channels is None:
+            raise DistillError(
+                "projectors.init is selection, and the student was not made from this teacher by pruning its hidden "
+                "size in this process, so which channels it kept is not known: use init orthogonal or identity."
+            )
+
+    def build(
+        self, from_width: int, to_width: int, generator: torch.Generator, channels: Sequence[int] | None = None
+    ) -> nn.Module:
         """Build a projector [N, from_width] -> [N, to_width].
 
         Args:
             from_width: hidden size of the student.
             to_width: hidden size of the teacher.
             generator: random state of the initialization.
+            channels: of the teacher that the channels of the student were, [from_width]; None: not known.
         """
-        layers: list[nn.Module] = [self._linear(from_width, to_width, generator)]
+        self.check_channels(channels)
+        layers: list[nn.Module] = [self._linear(from_width, to_width, generator, channels)]
         if self.kind == "mlp":
             layers += [nn.GELU(), self._linear(to_width, to_width, generator)]
-        return Projector(*layers)
+        return Projector(*layers).requires_grad_(self.trainable)
 
-    def _linear(self, from_width: int, to_width: int, generator: torch.Generator) -> nn.Linear:
+    def _linear(
+        self, from_width: int, to_width: int, generator: torch.Generator, channels: Sequence[int] | None = None
+    ) -> nn.Linear:
         layer = nn.utils.skip_init(nn.Linear, from_width, to_width, bias=False)  # does not use the global random state
         with torch.no_grad():
             if self.init == "identity":
                 nn.init.eye_(layer.weight)
+            elif channels is not None and self.kind != "mlp" and self.init in ("auto", "selection"):
+                layer.weight.zero_()
+                layer.weight[list(channels), range(from_width)] = 1.0
             else:
                 nn.init.orthogonal_(layer.weight, generator=generator)
         return layer

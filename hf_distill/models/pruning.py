@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import DistillError
 from .blocks import find_blocks, get_layer_stack
 from .model_types import unwrap_model
+from .pruned_origin import PrunedOrigin, record_origin
 
 Value = TypeVar("Value")
 
@@ -143,7 +144,11 @@ def cut_student(
 
 
 def student_of(
-    model: PreTrainedModel, config: PretrainedConfig, state: Mapping[str, Tensor], cuts: Sequence["BlockCut"]
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    state: Mapping[str, Tensor],
+    cuts: Sequence["BlockCut"],
+    channels: Sequence[int] | None = None,
 ) -> PreTrainedModel:
     """Build a student of its teacher's class, with the teacher's generation config, in training mode.
 
@@ -152,6 +157,7 @@ def student_of(
         config: config of the student.
         state: weights of the student.
         cuts: which blocks were kept.
+        channels: which hidden channels were kept; None: all.
 
     Raises:
         DistillError: the student needs other weights.
@@ -172,7 +178,20 @@ def student_of(
             kept = [[cut.keep.index(block), head] for block, head in heads if block in cut.keep]
             setattr(generation_config, "alignment_heads", kept or None)  # noqa: B010  # no attribute of the class
     student.generation_config = generation_config  # type: ignore[assignment]
+    record_origin(student, _origin(model, cuts, channels))
     return student.train()
+
+
+def _origin(model: PreTrainedModel, cuts: Sequence["BlockCut"], channels: Sequence[int] | None) -> PrunedOrigin:
+    """Return what a student consists of; a stack that is not cut is kept whole."""
+    depths: dict[str | None, int] = {cut.stack: cut.depth for cut in cuts}
+    layers: dict[str | None, tuple[int, ...]] = {cut.stack: tuple(cut.keep) for cut in cuts}
+    of_both: tuple[str | None, ...] = ("encoder", "decoder")
+    for stack in (None,) if not cuts else of_both if None not in depths else ():
+        depths.setdefault(stack, len(get_layer_stack(model, stack).blocks))
+        layers.setdefault(stack, tuple(range(depths[stack])))
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return PrunedOrigin(depths, layers, width, None if channels is None else tuple(channels))
 
 
 @dataclass(frozen=True)

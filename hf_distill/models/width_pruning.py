@@ -116,7 +116,7 @@ def keep_units(teacher: nn.Module, kept: KeptUnits) -> PreTrainedModel:
     for cut in cuts:
         axes, state = cut.rename(axes), cut.rename(state)
     narrow = {name: structure.narrow(value, axes.get(name, ()), kept) for name, value in state.items()}
-    student = student_of(inner, config, narrow, cuts)
+    student = student_of(inner, config, narrow, cuts, kept.channels)
     if kept.channels is not None and structure.scaled_embeddings:
         _keep_embedding_scale(student, structure, (structure.sizes["hidden_size"] / len(kept.channels)) ** 0.5)
     return student

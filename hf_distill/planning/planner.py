@@ -6,16 +6,17 @@ from transformers import PretrainedConfig
 
 from ..core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
 from ..errors import DistillError, collect_errors, raise_if_any
-from ..layers import LEARNED, map_layers
+from ..layers import AUTO, KEPT, LEARNED, map_layers
 from ..losses import get_loss
-from ..models.pruning import prune_config
-from ..recipe.models import FromTeacher, TeacherSpec
+from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
 from ..recipe.tasks import require_text_generation
 from .cache_size import CachePlan, estimate_caches
 from .cost import Cost, Model, cost_of, model_of
+from .decoding import Decoding
 from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewest_gpus
 from .flops import six_nd
+from .pruned import student_config
 from .shapes import model_config
 from .strategy import Strategy
 from .token_ratio import teacher_token_ratio
@@ -53,6 +54,7 @@ class Plan:
     best:               the preferred estimate on all GPUs
     caches:             estimates of a teacher cache; None for a teacher that changes during training
     advice:             which strategy to choose
+    decoding:           memory that generating a token reads: of the teacher and of the student
     """
 
     teacher: Model
@@ -71,6 +73,7 @@ class Plan:
     best: StrategyEstimate | None
     caches: CachePlan | None
     advice: str
+    decoding: tuple[Decoding, Decoding]
 
 
 def plan(
@@ -137,6 +140,7 @@ def plan(
         best=best,
         caches=_plan_caches(recipe, workload, teacher, student, cost.tokens),
         advice="\n".join([recommendation, *_token_counts(recipe, ratio), *_uncounted_parts(recipe)]),
+        decoding=(Decoding.of(workload.teacher), Decoding.of(workload.student)),
     )
 
 
@@ -168,9 +172,9 @@ def _plan_caches(
         return None
     layers: set[int] = set()
     for loss in recipe.losses:
-        mapping = (loss.model_extra or {}).get("layers", "stretch")
+        mapping = (loss.model_extra or {}).get("layers", AUTO)
         if get_loss(loss.name).feature == "hidden":
-            pairs = map_layers(mapping, workload.student.depth, workload.teacher.depth)
+            pairs = map_layers(AUTO if mapping == KEPT else mapping, workload.student.depth, workload.teacher.depth)
             layers |= {*range(workload.teacher.depth)} if mapping == LEARNED else {t for _, t in pairs}
     head = workload.teacher.head * workload.teacher_dtype.itemsize
     return estimate_caches(
@@ -190,7 +194,7 @@ def _check_inputs(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, 
         of_teacher = recipe.primary_teacher.loaded_model if recipe.is_cross_tokenizer else None
         revision = recipe.tokenizer_revision if of_teacher is None else recipe.primary_teacher.revision
         teacher = model_config(of_teacher or recipe.tokenizer_model, revision)
-        student = teacher if spec.from_teacher is None else _prune_config(spec.from_teacher, teacher)
+        student = teacher if spec.from_teacher is None else student_config(spec.from_teacher, teacher)
     if spec.model is not None and spec.from_teacher is None:
         with collect_errors(problems):
             student = model_config(spec.model, spec.revision)
@@ -222,14 +226,3 @@ def _teacher_name(recipe: Recipe) -> str:
         return str(recipe.primary_teacher.loaded_model or recipe.tokenizer_model)
     name = f"{spec.model or 'the model'} on a server"
     return name if _named_config(spec) else f"{name}, of unknown size, taken to be as large as the student"
-
-
-def _prune_config(cut: FromTeacher, teacher: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of the pruned student; for a plan it does not matter which blocks it keeps."""
-    depth = teacher.get_text_config().num_hidden_layers
-    keep = cut.layers or list(range(cut.keep_layers or 0))
-    if max(keep) >= depth:
-        raise DistillError(
-            f"student.from_teacher keeps block {max(keep)}, but the teacher has {depth} blocks, numbered from 0."
-        )
-    return prune_config(teacher, keep, depth)

@@ -159,10 +159,27 @@ def verdict(plan: Plan) -> list[str]:
             f"Share: {_number(100 * cost.share)} % of pretraining the student on {plan.pretraining_tokens:.0e} "
             f"tokens, which takes {plan.pretraining:.3g} FLOP by the rule of thumb",
         ]
-    lines = ["", *lines, "", plan.advice]
+    lines = ["", *lines, *_decoding(plan), "", plan.advice]
     for row in {id(row): row for row in (plan.cheapest, plan.best) if row and not row.is_recipe_strategy}.values():
         lines.append(f"To use {row.strategy.name}, add: {' '.join(row.overrides)}")
     return lines
+
+
+def _decoding(plan: Plan) -> list[str]:
+    """Compare the speed at which both models generate one sequence; nothing where they are the same model."""
+    teacher, student = plan.decoding
+    if teacher == student:
+        return []
+    return [
+        f"Decoding: each token reads {_bytes(student.weights)} of weights and {_bytes(student.kv_cache)} of KV cache "
+        f"per token of context in bf16 (teacher: {_bytes(teacher.weights)} and {_bytes(teacher.kv_cache)}). Where this "
+        f"is the limit, as with one sequence of {plan.length} tokens, the student generates "
+        f"{_number(student.speed_up(teacher, plan.length))} times as many tokens/s"
+    ]
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count:,} bytes"
 
 
 def _style(row: StrategyEstimate, plan: Plan) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..core.loss_kinds import EMBEDDING
-from ..layers import LEARNED, map_layers
+from ..layers import AUTO, KEPT, LEARNED, map_layers
 from ..losses import get_loss
 from ..recipe.losses import LossSpec
 from ..recipe.models import Lora
@@ -171,8 +171,8 @@ def _captured_values(spec: LossSpec, student: ModelStats, teacher: ModelStats, l
         return 0
     if kind == EMBEDDING:  # one vector for each row
         return math.ceil((student.hidden + teacher.hidden) / length)
-    layers = options.get("layers", "stretch")
-    pairs = map_layers(layers, student.depth, teacher.depth)
+    layers = options.get("layers", AUTO)
+    pairs = map_layers(AUTO if layers == KEPT else layers, student.depth, teacher.depth)
     teacher_layers = teacher.depth if layers == LEARNED else len({t for _, t in pairs})
     student_width, teacher_width = (
         {"hidden": a.hidden, "values": a.kv_heads * a.head_dim, "attention": a.heads * length}[kind]

@@ -11,45 +11,7 @@ from ..core.schedule import parse_schedule
 from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError
-
-
-class FromTeacher(StrictModel):
-    """Layer pruning: the student consists of some of the teacher's layers."""
-
-    keep_layers: int | None = Field(
-        None, gt=0, description="Number of layers to keep, which `by` selects. Give either keep_layers or layers."
-    )
-    by: Literal["block_influence"] = Field(
-        "block_influence",
-        description="How the layers are selected: block_influence keeps those that change the hidden states most "
-        "(2403.03853). Default: block_influence.",
-    )
-    layers: list[int] | None = Field(
-        None, min_length=1, description="Indices of the layers to keep, from 0. Give either keep_layers or layers."
-    )
-    decoder_layers: list[int] | None = Field(
-        None,
-        min_length=1,
-        description="For a model with an encoder and a decoder: indices of the decoder layers to keep, from 0. Default "
-        "(null): all.",
-    )
-    encoder_layers: list[int] | None = Field(
-        None,
-        min_length=1,
-        description="For a model with an encoder and a decoder: indices of the encoder layers to keep, from 0. Default "
-        "(null): all.",
-    )
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        of_stacks = self.decoder_layers or self.encoder_layers
-        if sum(bool(each) for each in (self.keep_layers, self.layers, of_stacks)) != 1:
-            raise ValueError(
-                "give either keep_layers or layers; for a model with an encoder and a decoder, decoder_layers, "
-                "encoder_layers or both"
-            )
-        return self
-
+from .from_teacher import FromTeacher
 
 _MODEL = "Model id on the Hub, local path, or package:module/file.gguf."
 _REVISION = "Commit, tag or branch of a model id. Default (null): the main branch."

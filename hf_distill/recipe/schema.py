@@ -391,6 +391,12 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"export {self.export} needs teacher.kind {self.export}; the kind is {', '.join(sorted(kinds))}"
             )
+        if student.from_teacher and student.lora and self.export == "adapter":
+            raise ValueError(
+                "student.lora: adapters of a pruned student can only be loaded into the "
+                "pruned model, which the run does not write: set export to merged, or write the model with "
+                "`hf-distill prune` and set student.model to its folder"
+            )
         if student.from_teacher and kinds == {"adapter_base"}:
             raise ValueError(
                 "student.from_teacher needs a teacher with its own model, which kind adapter_base does not have"

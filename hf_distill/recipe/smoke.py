@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _TEACHER_DEPTH = 4
+SMOKE_PARAMETERS = 110_000  # of about 180,000 that the tiny teacher has
+_SMOKE_WIDTHS: JSONObject = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_experts": 2,
+}
 _OTHER_TOKENIZER = "other-tokenizer-teacher"  # role of a teacher with another tokenizer than the student
 # Merges of its tokenizer: frequent pairs of letters (the first character is the space of a byte-level tokenizer).
 _MERGES = (
@@ -62,12 +70,14 @@ def smoke_values(recipe: Recipe) -> JSONObject:
     if recipe.task in TASKS:
         return _task_smoke_values(values, TASKS[recipe.task])
     student, train = values["student"], values["train"]
+    teacher_model = recipe.primary_teacher.loaded_model
     role = _OTHER_TOKENIZER if recipe.is_cross_tokenizer else "teacher"
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
         _shrink_teacher(teacher, f"{train['output_dir']}-smoke/cache", family_of(str(student.get("model"))), role)
     _shrink_student(student)
     for i, stage in enumerate(values.get("stages", ())):
-        _shrink_student(stage["student"], max(_TEACHER_DEPTH - 1 - i, 1))
+        is_teacher = stage["student"].get("model") == teacher_model  # a first stage that adapts the teacher
+        _shrink_student(stage["student"], max(_TEACHER_DEPTH - 1 - i, 1), is_teacher)
         stage["train"] = {key: value for key, value in stage.get("train", {}).items() if key == "learning_rate"}
     if values.get("stages"):
         values["student"] = values["stages"][-1]["student"]
@@ -105,7 +115,7 @@ def _task_smoke_values(values: dict[str, Any], task: TaskKeys) -> JSONObject:
     """Return the values of a recipe of another task than text-generation reduced to a smoke run."""
     student = values["student"]
     if isinstance(cut := student.get("from_teacher"), dict):
-        student["from_teacher"] = {name: [0, _TEACHER_DEPTH - 1] if name != "keep_layers" else 2 for name in cut}
+        student["from_teacher"] = _shrink_cut(cut, 2, [0, _TEACHER_DEPTH - 1])
     if student.get("model"):
         student |= {"model": f"{SMOKE_PREFIX}{task.family}/{'teacher' if cut else 'student'}", "revision": None}
     for teacher in [values["teacher"]] if values.get("teacher") else values["teachers"]:
@@ -138,12 +148,27 @@ def _shrink_train(train: dict[str, Any]) -> None:
     train |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "push_to_hub": False}
 
 
-def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1) -> None:
+def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1, is_teacher: bool = False) -> None:
     if isinstance(cut := student.get("from_teacher"), dict):
-        cut |= {"layers": [0, 1, 3]} if cut.get("layers") else {"keep_layers": depth}
+        student["from_teacher"] = cut = _shrink_cut(cut, depth, [0, 1, 3])
     if isinstance(model := student.get("model"), str):
-        role = "teacher" if cut else "student"
+        role = "teacher" if cut or is_teacher else "student"
         student |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
+
+
+def _shrink_cut(cut: JSONObject, depth: int, layers: list[int]) -> JSONObject:
+    """Reduce what a student keeps of its teacher to what the tiny teacher has; see `build_tiny`.
+
+    Args:
+        cut: Values of `from_teacher`.
+        depth: Number of layers in place of `keep_layers`.
+        layers: Indices of layers in place of those of the recipe.
+    """
+    sizes: JSONObject = {"keep_layers": depth, "calibration_rows": 2, "target_parameters": SMOKE_PARAMETERS}
+    for name in ("layers", "decoder_layers", "encoder_layers"):
+        sizes[name] = [*layers]
+    sizes |= _SMOKE_WIDTHS
+    return {name: sizes.get(name, value) for name, value in cut.items() if value is not None}
 
 
 def _shrink_teacher(teacher: JSONObject, cache: str, family: str, role: str, model_family: str | None = None) -> None:

@@ -50,15 +50,19 @@ def stage_problems(recipe: "Recipe") -> list[str]:
     if recipe.control in ("sft", "sft_on_data"):
         problems.append(f"control: {recipe.control} cannot be combined with stages; use direct")
     for i, stage in enumerate(stages, 1):
-        problems += [
-            f"stages.{i}: {problem}" for problem in _incompatible_values(stage, recipe.control, i == len(stages))
-        ]
+        problems += [f"stages.{i}: {problem}" for problem in _incompatible_values(stage, recipe.control)]
+    problems += _layers_problems(recipe)
     return problems
 
 
-def _incompatible_values(stage: Stage, control: str | None, last: bool) -> list[str]:
+def _incompatible_values(stage: Stage, control: str | None) -> list[str]:
     chain_keys = [name for name in ("output_dir", "seed") if name in stage.train]
     problems = [f"train.{name} applies to the whole chain: set it in the recipe's train" for name in chain_keys]
+    if (cut := stage.student.from_teacher) and cut.target_parameters is not None:
+        problems.append(
+            "student.from_teacher.target_parameters: the sizes of a stage must be known: search them in a recipe of "
+            "that stage with `hf-distill prune`, and set them here"
+        )
     if stage.student.lora:
         problems.append("a student with adapters cannot be the teacher of the next stage: remove student.lora")
     if control == "direct":
@@ -66,12 +70,22 @@ def _incompatible_values(stage: Stage, control: str | None, last: bool) -> list[
         problems += [
             f"train.{name}: with control direct, all stages need the same batch size: remove it" for name in other
         ]
-        cut = stage.student.from_teacher
-        if last and cut and cut.layers:
-            problems.append(
-                "student.from_teacher.layers: the first teacher has other layers; with control direct, use keep_layers"
-            )
     return problems
+
+
+def _layers_problems(recipe: "Recipe") -> list[str]:
+    """List why the control cannot be pruned from the first teacher: indices of layers are those of another teacher."""
+    cuts = [stage.student.from_teacher for stage in recipe.stages]
+    depths = [i for i, cut in enumerate(cuts) if cut and (cut.layers or cut.keep_layers)]
+    if recipe.control != "direct" or not cuts[-1] or not depths or depths[-1] == 0:
+        return []
+    cut = cuts[depths[-1]]
+    if cut is None or not cut.layers:
+        return []
+    return [
+        f"stages.{depths[-1] + 1}: student.from_teacher.layers: the first teacher has other layers; with control "
+        "direct, use keep_layers"
+    ]
 
 
 _PLACEMENT_FIELDS = ("dtype", "attn_implementation", "quantization", "deepspeed", "fsdp", "device_map")
@@ -115,11 +129,10 @@ def direct_values(recipe: "Recipe") -> JSONObject:
         for name in ("max_steps", "num_train_epochs")
         if None not in (counts := [stage.get("train", {}).get(name, train.get(name)) for stage in stages])
     }
-    return (
-        result
-        | {"train": {**train, **total, "output_dir": f"{train['output_dir']}/direct"}}
-        | _generated_values(recipe)
-    )
+    result |= {"train": {**train, **total, "output_dir": f"{train['output_dir']}/direct"}}
+    if stages[-1]["student"].get("from_teacher"):
+        result["student"] = stages[-1]["student"] | {"from_teacher": _combined_cuts(stages)}
+    return result | _generated_values(recipe)
 
 
 def _generated_values(recipe: "Recipe") -> JSONObject:
@@ -128,6 +141,22 @@ def _generated_values(recipe: "Recipe") -> JSONObject:
         return {}
     values = recipe.generate.model_dump(exclude_none=True, exclude_unset=True) if recipe.generate else {}
     return {"generate": {"output_dir": f"{recipe.train.output_dir}/{GENERATED}", **values}}
+
+
+def _combined_cuts(stages: list[JSONObject]) -> JSONObject:
+    """Return what the last student keeps of the first teacher: the sizes that its stage and those before it set."""
+    combined: JSONObject = {}
+    for stage in stages:
+        student = stage["student"]
+        assert isinstance(student, dict)
+        cut = student.get("from_teacher")
+        if not isinstance(cut, dict):  # a model that is not made from the one before
+            combined = {}
+            continue
+        if cut.get("layers") or cut.get("keep_layers"):
+            combined = {key: value for key, value in combined.items() if key not in ("layers", "keep_layers")}
+        combined |= cut
+    return combined
 
 
 def planned_values(recipe: "Recipe") -> dict[str, JSONObject]:

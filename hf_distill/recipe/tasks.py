@@ -109,6 +109,11 @@ class TaskKeys:
 
     def _student_problems(self, recipe: "Recipe") -> Iterator[str]:
         student, cut = recipe.student, recipe.student.from_teacher
+        if cut and (unfit := [*cut.widths(), *(["target_parameters"] if cut.target_parameters else [])]):
+            yield (
+                f"student.from_teacher.{unfit[0]} is for the task {TEXT_GENERATION}: for {self.name} set the layers to "
+                "keep"
+            )
         if student.lora:
             yield f"student.lora is for the task {TEXT_GENERATION}: for {self.name}, use peft in a script"
         if self.has_encoder and cut and (cut.layers or cut.keep_layers):

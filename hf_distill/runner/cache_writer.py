@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig
 
 from ..cache import CacheReader, Manifest, write_cache
@@ -16,10 +17,12 @@ from ..core.defaults import CACHE_KIND, TOP_K_IDS
 from ..core.json_types import JSON, JSONObject
 from ..core.references import reference_kind
 from ..core.server_urls import without_servers
+from ..data import Examples
 from ..errors import DistillError, collect_errors, raise_if_any
-from ..layers import LEARNED, map_layers
+from ..layers import AUTO, KEPT, LEARNED, map_layers
 from ..losses import get_loss
 from ..models.model_types import model_type_of
+from ..recipe.from_teacher import FromTeacher
 from ..recipe.load import validate
 from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
@@ -27,6 +30,7 @@ from ..teachers import CachedTeacher, CrossTokenizerTeacher, RemoteTeacher, Rout
 from ..teachers.group import TeacherGroup
 from .datasets import PreparedData
 from .model_loading import load_pretrained
+from .pruning import Pruner
 from .teacher_only import load_teacher_and_data, static_teacher_spec, with_teacher
 from .watchdog import HangWatchdog
 
@@ -80,7 +84,7 @@ def write_recipe_cache(
     if isinstance(loaded_teacher, CrossTokenizerTeacher):
         options = {"labels": options.get("kind", CACHE_KIND) == "top_k", **options}
         context_length = loaded_teacher.row_maker.max_length
-    layers = _layers(recipe, teacher) if options.get("kind", "hidden") == "hidden" else []
+    layers = _layers(recipe, teacher, data.train) if options.get("kind", "hidden") == "hidden" else []
     options = {
         "temperature": recipe.distill.soft_temperature or 1.0,
         "batch_size": args.per_device_train_batch_size,
@@ -297,13 +301,20 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
                 )
 
 
-def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
-    """Return the indices of the teacher's layers whose hidden states the losses of the recipe need."""
+def _layers(recipe: Recipe, teacher: Teacher, rows: Examples) -> list[int]:
+    """Return the indices of the teacher's layers whose hidden states the losses of the recipe need.
+
+    Args:
+        recipe: The recipe.
+        teacher: Its teacher.
+        rows: Training rows, which measure the layers that a pruned student keeps.
+    """
     if not any(get_loss(spec.name).feature for spec in recipe.losses):
         return []
     depth, needed, problems = len(teacher.layer_stack().blocks), set[int](), list[str]()
     cut, student = recipe.student.from_teacher, recipe.student.model
-    student_depth = len(cut.layers) if cut and cut.layers else cut.keep_layers if cut else None
+    student_depth = (cut.num_layers or depth) if cut else None
+    kept: Sequence[int] | None = None
     for spec in recipe.losses:
         options, feature = spec.model_extra or {}, get_loss(spec.name).feature
         if feature not in (None, "hidden"):
@@ -314,12 +325,29 @@ def _layers(recipe: Recipe, teacher: Teacher) -> list[int]:
             if student_depth is None:
                 config = load_pretrained(AutoConfig, str(student), revision=recipe.student.revision)
                 student_depth = config.get_text_config().num_hidden_layers
-            layers = options.get("layers", "stretch")
+            layers = options.get("layers", AUTO)
+            if layers in (AUTO, KEPT) and cut and kept is None:
+                kept = _kept_layers(cut, teacher, rows, depth)
             with collect_errors(problems):
                 needed |= (
                     {*range(depth)}
                     if layers == LEARNED
-                    else {teacher_layer for _, teacher_layer in map_layers(layers, student_depth, depth)}
+                    else {teacher_layer for _, teacher_layer in map_layers(layers, student_depth, depth, kept)}
                 )
     raise_if_any(problems)
     return sorted(needed)
+
+
+def _kept_layers(cut: FromTeacher, teacher: Teacher, rows: Examples, depth: int) -> Sequence[int]:
+    """Return the indices of the layers that a student keeps of a teacher with this depth.
+
+    Raises:
+        DistillError: They are measured, and the teacher has no weights here.
+    """
+    if cut.layers is None and cut.keep_layers is not None and teacher.model is None:
+        raise DistillError(
+            "losses on hidden states compare the layers that block influence selects, and the weights of the teacher "
+            "are not here to measure it: set student.from_teacher.layers, or the option layers of the losses."
+        )
+    kept = Pruner(cut).kept_layers(teacher.model or nn.Module(), rows)
+    return range(depth) if kept is None else kept

@@ -43,6 +43,7 @@ from ..teachers.loading import (
 )
 from ..trainer.config import DistillConfig
 from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_options
+from .pruning import Pruner
 from .tasks import Task
 
 logger = logging.get_logger(__name__)
@@ -61,8 +62,9 @@ class ModelFactory:
 
     Attributes:
         teacher: The teacher for the trainers.
-        cut_facts: The layers of the teacher that a pruned student consists of, and their block influence if it
-            selected them; empty for other students.
+        pruner: Prunes the students; None if the student is not pruned from a model.
+        cut_facts: What a pruned student consists of, and the block influence of the teacher's layers if it selected
+            them; empty for other students.
         caches: Path of each teacher cache -> facts of its manifest.
         remote_teachers: Name of each teacher on a server -> the teacher.
 
@@ -84,6 +86,7 @@ class ModelFactory:
         if self._spec.loaded_model:
             self._path = resolve_model(self._spec.loaded_model)
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # FSDP on CPUs; see `train_arguments`
+        self.pruner = Pruner(recipe.student.from_teacher) if recipe.student.from_teacher else None
         self.cut_facts: ModelFacts = {}
         self.caches: dict[str, JSONObject] = {}
         self.remote_teachers: dict[str, RemoteTeacher] = {}
@@ -172,7 +175,7 @@ class ModelFactory:
         """Build a student that is ready to train.
 
         Args:
-            rows: Training rows, which select the layers of a student that is pruned by block influence.
+            rows: Training rows, which measure what a pruned student keeps of its teacher.
         """
         spec = self._student
         model = self._task.adapt_student(self._base_student(rows, spec.quantization))
@@ -237,10 +240,10 @@ class ModelFactory:
         return keep_layout(model) if quantization else model
 
     def _pruned_student(self, rows: Examples) -> nn.Module:
-        spec = self._student
+        spec, pruner = self._student, self.pruner
+        assert pruner is not None
         full_model = self._full_model or self._load_full_model()
-        student, facts = self._task.cut(full_model, rows, self.cut_facts.get("layers_kept"))
-        self.cut_facts |= facts
+        student, self.cut_facts = self._task.cut(full_model, rows, pruner)
         cast(nn.Module, student).to(dtype_of(unwrap_model(full_model).config, {"dtype": spec.dtype}))
         if spec.attn_implementation:
             cast(PreTrainedModel, student).set_attn_implementation(spec.attn_implementation)

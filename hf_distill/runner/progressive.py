@@ -17,7 +17,7 @@ from ..core import run_files
 from ..core.files import atomic_path, write_atomic
 from ..core.io import count_logs, held_out_metrics, read_logs, read_results, write_json
 from ..core.processes import run_on_main
-from ..core.results import Metrics, Results, StageFacts
+from ..core.results import Metrics, ModelFacts, Results, StageFacts
 from ..recipe.load import validate
 from ..recipe.schema import Recipe
 from ..recipe.stages import direct_values, stage_values
@@ -77,7 +77,7 @@ def _build_stage_recipes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 def _describe(recipe: Recipe) -> str:
     cut = recipe.student.from_teacher
-    student = f"{cut.keep_layers or len(cut.layers or ())} layers" if cut else str(recipe.student.model)
+    student = cut.text if cut else str(recipe.student.model)
     return f"{recipe.tokenizer_model} into {student}"
 
 
@@ -133,10 +133,12 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
     shared_keys = ("environment", "data", "teacher", "provenance", "origin")
     first: Mapping[str, object] = facts["stage-1"]
     shared = {key: first[key] for key in shared_keys if key in first}
-    student = {key: value for key, value in facts[last]["student"].items() if key != "layers_kept"}
+    student = {key: value for key, value in facts[last]["student"].items() if key not in ("layers_kept", "widths")}
     stages = [facts[f"stage-{number}"]["student"] for number in range(1, len(parts) + 1) if f"stage-{number}" in facts]
-    if layers := _compose_layers([stage.get("layers_kept") for stage in stages]):
+    if layers := _compose_layers([_layers_kept(stage) for stage in stages]):
         student["layers_kept"] = layers
+        widths = {name: size for stage in stages for name, size in stage.get("widths", {}).items()}
+        student |= {"widths": widths} if widths else {}
     evidence = {"models": models, "chain": chain, **shared, "student": student, "status": "done"}
     evidence["log_lines"] = count_logs(folder / run_files.METRICS)
     write_json(folder / run_files.RESULTS, evidence)
@@ -149,6 +151,11 @@ def _copy_with_hard_links(source: Path, target: Path) -> None:
     with atomic_path(target) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted copy
         shutil.copytree(source, temporary, copy_function=os.link)
+
+
+def _layers_kept(student: ModelFacts) -> list[int] | None:
+    """Return the layers that a student kept of its teacher; all of them if only its width was pruned."""
+    return student.get("layers_kept") or ([*range(student["blocks"])] if student.get("widths") else None)
 
 
 def _compose_layers(layers_by_stage: Sequence[list[int] | None]) -> list[int] | None:

@@ -6,6 +6,7 @@ from functools import partial
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..errors import DistillError
 from ..generation.progress import GenerationProgress
 from ..recipe.schema import Recipe
 from ..trainer.signal_handling import GracefulShutdown
@@ -46,6 +47,12 @@ def run_recipe(
         RunError: The run cannot continue although its input is valid.
         RunInterrupted: SIGTERM or SIGINT stopped the run, and what it has saved is kept.
     """
+    cut = recipe.student.from_teacher
+    if cut is not None and cut.target_parameters is not None:
+        raise DistillError(
+            f"student.from_teacher.target_parameters is {cut.target_parameters}, so the sizes of the student are not "
+            "known: `hf-distill prune RECIPE` compares shapes, and prints the sizes to set."
+        )
     run, interrupts = run_chain if recipe.stages else run_single, GracefulShutdown(on_stage)
     with interrupts.installed():
         generate = partial(generate_sources, recipe, on_stage, on_generation)

@@ -22,6 +22,7 @@ _WRITTEN = (
     run_files.RECIPE,
     *_LOGS,
     run_files.RESULTS,
+    run_files.PRUNING,
     "student",
     "control",
     "peer",
@@ -136,7 +137,7 @@ def _run_files(folder: Path) -> list[str]:
 
 def _remove_refused(folder: Path, created: list[Path], refused: bool, unlocked: bool) -> None:
     """Remove the files of this run if it wrote only its recipe (and, if it was refused, its first logs)."""
-    removable = [run_files.RECIPE, *(_LOGS if refused else ())]
+    removable = [run_files.RECIPE, *((*_LOGS, run_files.PRUNING) if refused else ())]
     if set(_run_files(folder)) - {*removable}:
         return
     for name in removable:

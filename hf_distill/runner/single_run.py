@@ -153,6 +153,8 @@ class RunContext:
         self.facts: Results = {"environment": run_environment, "data": self.data.facts()}
         check_same_on_all_ranks(recipe, self.facts)
         self.models = ModelFactory(recipe, self.task, args, path, self.processor, other_tokenizers)
+        if self.models.pruner is not None:
+            self.models.pruner.load(folder)
         if args.should_save:
             self.facts["provenance"] = provenance(recipe)
             if recipe.origin:
@@ -183,8 +185,11 @@ class RunContext:
             from ..trl import OnPolicyDistillTrainer as kind
 
             rows = {"train_dataset": self.prompts}
+        student = self.models.student(self.data.train)
+        if (pruner := self.models.pruner) is not None:
+            run_on_main(lambda: pruner.save(self.folder))
         trainer = kind(
-            self.models.student(self.data.train),
+            student,
             args,
             teacher=None if name == "control" else self.models.teacher,
             eval_dataset=self.data.held_out,

@@ -26,6 +26,7 @@ from ..layers import LEARNED, map_layers
 from ..losses.objective import Term
 from ..models.blocks import LayerStack
 from ..models.model_types import model_type_of, unwrap_model
+from ..models.pruned_origin import origin_of
 from .base import OtherTokens, Teacher
 from .compatibility import tokens_remedy
 
@@ -86,6 +87,7 @@ class CachedTeacher(Teacher):
             DistillError: a tokenizer, chat template or teacher differs; the message lists all of them.
         """
         manifest, problems = self.manifest, list[str]()
+        self._student_origin = origin_of(student)
         self._vocab_size, self._student_depth = (
             model_type_of(student).vocabulary_size(unwrap_model(student), "A teacher cache"),
             count_blocks(student),
@@ -264,7 +266,9 @@ class CachedTeacher(Teacher):
                 f"{term.name} compares features of the kind {term.loss.feature}, which no cache holds: use a "
                 "FrozenTeacher"
             ]
-        needed = {t for _, t in map_layers(term.layers, self._student_depth, depth)}
+        origin, student_depth = self._student_origin, self._student_depth
+        kept = None if origin is None else origin.layers_of(None, student_depth, depth)
+        needed = {t for _, t in map_layers(term.layers, student_depth, depth, kept)}
         needed = {*range(depth)} if term.layers == LEARNED else needed
         if missing := sorted(needed - {*layers}):
             return [

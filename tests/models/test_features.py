@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 from hf_distill import DistillError, Teacher, cut_student
 from hf_distill.core.logits import DenseLogits
 from hf_distill.core.signals import Signals
+from hf_distill.models.pruned_shape import KeptUnits
 from hf_distill.models.sidecar import FILE, sidecar_of
+from hf_distill.models.width_pruning import keep_units
 
 FEATURE_LOSSES = [
     {"name": "hidden_mse", "weight": 0.1, "layers": "stretch"},
@@ -384,7 +386,7 @@ class LogitsOnlyTeacher(Teacher):
             r"hidden_mse: .*\[\[0, 9\]\] do not exist.*teacher 0 to 2",
         ),
         ({"losses": [{"name": "hidden_mse", "layers": "last:3"}]}, "last:3 needs 3 layers"),
-        ({"losses": [{"name": "hidden_mse", "layers": "firs"}]}, "it must be uniform, stretch"),
+        ({"losses": [{"name": "hidden_mse", "layers": "firs"}]}, "it must be kept, uniform, stretch"),
         ({"losses": [{"name": "hidden_mse", "layer": "stretch"}]}, "no option 'layer'; did you mean 'layers'"),
         ({"losses": [{"name": "js", "layers": "stretch"}]}, "'js' has no option 'layers'"),
         ({"losses": [{"name": "hidden_mse", "stack": "encoder"}]}, "has one stack of blocks and no encoder"),
@@ -439,3 +441,53 @@ def test_losses_on_features_can_be_given_on_the_command_line(tmp_path):
     (config,) = HfArgumentParser(DistillConfig).parse_args_into_dataclasses(line)
     assert config.losses == FEATURE_LOSSES
     assert config.projectors == {"learning_rate": 1e-3}
+
+
+def test_a_pruned_student_is_compared_at_the_layers_that_were_kept(make_trainer):
+    teacher = build("llama", 1, layers=4)
+    student = cut_student(teacher, [0, 2, 3])
+    losses = [{"name": "hidden_mse"}, {"name": "hidden_cosine", "layers": "learned"}]
+    trainer = make_trainer("llama", model=student, teacher=teacher, losses=losses)
+    trainer.compute_loss(trainer.model, collate(rows(2)))
+    assert [term.pairs for term in trainer.distiller.features.terms] == [[(0, 0), (1, 2), (2, 3)]] * 2
+    trainer = make_trainer("llama", model=build("llama", 0, layers=3), teacher=teacher, losses=losses[:1])
+    trainer.compute_loss(trainer.model, collate(rows(2)))
+    assert trainer.distiller.features.terms[0].pairs == [(0, 0), (1, 2), (2, 3)]  # by stretch
+    with pytest.raises(DistillError, match="layers is kept, and the student was not made from this teacher"):
+        make_trainer(
+            "llama",
+            model=build("llama", 0, layers=3),
+            teacher=teacher,
+            losses=[{"name": "hidden_mse", "layers": "kept"}],
+        ).train()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_channels_that_were_kept_are_the_projector(make_trainer, trainable):
+    teacher = build("llama", 1, layers=2, width=32)
+    kept = KeptUnits(channels=[1, 2, 3, 5, 8, 13, 21, 30])
+    student = keep_units(teacher, kept)
+    options = {"losses": [{"name": "hidden_mse"}], "projectors": {"init": "selection", "trainable": trainable}}
+    trainer = make_trainer("llama", model=student, teacher=teacher, **options)
+    trainer.train()
+    expected = torch.zeros(32, 8)
+    expected[kept.channels, range(8)] = 1
+    for weight in sidecar_of(trainer.model).parameters():
+        assert torch.equal(weight, expected) == (not trainable)
+        assert weight.requires_grad == trainable
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0.05)  # where it started
+
+
+@pytest.mark.parametrize(
+    ("projectors", "message"),
+    [
+        ({"init": "selection", "kind": "linear"}, "init is selection, and the student was not made from this teacher"),
+        ({"init": "selection", "kind": "mlp"}, "init selection is a matrix, and kind is mlp"),
+        ({"trainable": False, "learning_rate": 0.1}, "learning_rate and weight_decay have no effect"),
+    ],
+)
+def test_projectors_that_cannot_be_made_are_refused(make_trainer, projectors, message):
+    with pytest.raises(DistillError, match=message):
+        make_trainer(
+            "llama", teacher=build("llama", 1, width=48), losses=[{"name": "hidden_mse"}], projectors=projectors
+        ).train()

@@ -99,7 +99,7 @@ def test_every_problem_is_reported_at_once_with_its_key():
         "distill.divergence: unknown loss 'forward_lk'; did you mean 'forward_kl'?",
         "losses.0: unknown loss 'foo'",
         "losses.1: loss 'forward_kl' has no option 'temp'; its options are: temperature",
-        "losses.2: layers is 'strech'; it must be uniform, stretch, last:N, learned, or [student, teacher] pairs",
+        "losses.2: layers is 'strech'; it must be kept, uniform, stretch, last:N, learned, or [student, teacher] pairs",
         "projectors.knd: unknown key; did you mean 'kind'?",
         "train.output_dir: required key is missing",
         "train.max_steps: Input should be a valid integer",

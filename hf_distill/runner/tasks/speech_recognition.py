@@ -19,6 +19,7 @@ from ...models.pruning import cut_student
 from ...recipe.tasks import SPEECH
 from ...trainer.seq2seq import DistillSeq2SeqConfig, DistillSeq2SeqTrainer
 from ..model_loading import load_pretrained
+from ..pruning import Pruner
 from .columns import ColumnTask
 from .media import check_files, check_same_processing
 from .previews import Preview
@@ -132,7 +133,7 @@ class SpeechRecognition(ColumnTask):
             generation_config.language, generation_config.task = self.recipe.data.language, "transcribe"
         return model
 
-    def cut(self, teacher: PreTrainedModel, rows: Examples, layers: list[int] | None) -> tuple[nn.Module, ModelFacts]:
+    def cut(self, teacher: PreTrainedModel, rows: Examples, pruner: Pruner) -> tuple[nn.Module, ModelFacts]:
         """Cut the decoder and the encoder of a student from the teacher."""
         cut = self.recipe.student.from_teacher
         assert cut is not None

@@ -2,10 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import islice
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -13,14 +11,12 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from ...core.results import ModelFacts
 from ...data import Examples, OtherTokenizer
 from ...models.blocks import find_blocks
-from ...models.pruning import block_influence, cut_student, top_layers
 from ...recipe.schema import Recipe
 from ...trainer.config import DistillConfig
 from ...trainer.trainer import DistillTrainer
 from ..datasets import PreparedData
+from ..pruning import Pruner
 from .previews import Preview
-
-_CALIBRATION_ROWS = 8  # rows that measure block influence
 
 
 class Task(ABC):
@@ -72,26 +68,18 @@ class Task(ABC):
         """Return a new student, changed as the recipe requires."""
         return model
 
-    def cut(self, teacher: PreTrainedModel, rows: Examples, layers: list[int] | None) -> tuple[nn.Module, ModelFacts]:
-        """Cut a student from the teacher.
+    def cut(self, teacher: PreTrainedModel, rows: Examples, pruner: Pruner) -> tuple[nn.Module, ModelFacts]:
+        """Prune a student from the teacher.
 
         Args:
             teacher: The teacher.
-            rows: Training rows, which measure the influence of the layers.
-            layers: Indices of the layers that an earlier call chose; None: choose them.
+            rows: Training rows, which measure what the teacher needs least.
+            pruner: Prunes all students of the recipe to the same units.
 
         Returns:
-            The student, and which layers of the teacher it consists of.
+            The student, and what it consists of.
         """
-        cut, facts = self.recipe.student.from_teacher, cast(ModelFacts, {})
-        assert cut is not None
-        layers = layers or cut.layers
-        if layers is None:
-            ids = ({"input_ids": torch.tensor([row["input_ids"]])} for row in islice(rows, _CALIBRATION_ROWS))
-            facts["block_influence"] = block_influence(teacher, ids)
-            layers = top_layers(facts["block_influence"], int(cut.keep_layers or 0))
-        facts["layers_kept"] = layers
-        return cut_student(teacher, layers), facts
+        return pruner.student(teacher, rows), pruner.facts()
 
     def num_blocks(self, model: nn.Module) -> int:
         """Return the number of transformer blocks of a model."""

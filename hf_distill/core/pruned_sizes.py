@@ -1,0 +1,21 @@
+"""The sizes of a pruned student in words. Imports no torch."""
+
+from collections.abc import Mapping
+
+_WORDS = {
+    "layers": "{:,} layers",
+    "hidden_size": "hidden size {:,}",
+    "intermediate_size": "intermediate size {:,}",
+    "moe_intermediate_size": "intermediate size of experts {:,}",
+    "num_attention_heads": "{:,} attention heads",
+    "num_experts": "{:,} experts",
+}
+
+
+def shape_text(sizes: Mapping[str, int | None]) -> str:
+    """Return sizes in words, such as "20 layers, hidden size 448, 6 attention heads".
+
+    Args:
+        sizes: name of a size in the config, or "layers" -> its value; None leaves it out.
+    """
+    return ", ".join(text.format(sizes[name]) for name, text in _WORDS.items() if sizes.get(name) is not None)
