@@ -15,6 +15,7 @@ from .commands import (  # noqa: F401  each adds its commands to the app
     cache,
     curve,
     diagnose,
+    draft,
     generate,
     inspect,
     publish,

@@ -10,6 +10,7 @@ DIAGNOSIS = "diagnosis.json"
 RETENTION = "retention.json"
 TEMPERATURE_SEARCH = "temperature.json"
 SAMPLES = "samples.json"
+DRAFT = "draft.json"
 CURVE = "curve.json"
 REPORT = "report.html"
 GENERATED = "generated"  # folder: the data sets that the teacher has generated, by source

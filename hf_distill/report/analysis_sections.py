@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from ..analysis.agreement import Part
 from ..analysis.curve import Curve
 from ..analysis.diagnosis import Diagnosis
+from ..analysis.draft import DraftMeasurement
 from ..analysis.evaluation import Retention
 from ..analysis.inspector import Inspection, Position
 from ..analysis.successive_halving import Rung
@@ -134,6 +135,27 @@ def retention(run: Run) -> Section:
     figure = plots.relative_scores(result)
     figures = [Figure("retention", figure)] if figure is not None else []
     return Section("retention", "Evaluation tasks", text, [Table(["task", "examples", *models], rows)], figures)
+
+
+def draft(run: Run) -> Section:
+    """The student as a draft model of its teacher, from draft.json."""
+    result = _read(run.folder / run_files.DRAFT, DraftMeasurement, "drafts")
+    if result is None:
+        return _missing(run, "the student as a draft model", run_files.DRAFT)
+    parameters, alone = f"{result.teacher_parameters / 1e6:.1f}M", f"{result.teacher_tokens_per_second:.1f}"
+    rows = [["teacher alone", parameters, "", "", alone, ""]]
+    for name, score in result.drafts.items():
+        accepted, speed = f"{score.accepted_tokens:.2f}", f"{score.tokens_per_second:.1f}"
+        cells = [f"{score.parameters / 1e6:.1f}M", f"{score.acceptance_rate:.1%}", accepted, speed]
+        rows.append([f"with {name}", *cells, f"{score.speedup:.2f}x"])
+    text = [
+        f"Speculative decoding of {result.prompts} held-out prompts, one at a time, with up to {result.new_tokens} new "
+        f"tokens: the draft model proposes {result.drafted_tokens} tokens for each forward pass of the teacher. The "
+        "acceptance rate is the probability that the teacher accepts a drafted token when it samples, over held-out "
+        "tokens; all other columns are of greedy decoding."
+    ]
+    headings = ["", "parameters", "acceptance rate", "accepted tokens", "tokens/s", "speed-up"]
+    return Section("draft", "Draft model", text, [Table(headings, rows)])
 
 
 def curve(run: Run) -> Section:

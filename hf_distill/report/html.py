@@ -9,7 +9,7 @@ from ..core import run_files
 from ..core.files import write_atomic
 from ..errors import require_package
 from ..runner.run_results import Run
-from .analysis_sections import curve, diagnosis, inspection, retention, samples, temperature
+from .analysis_sections import curve, diagnosis, draft, inspection, retention, samples, temperature
 from .figures import png
 from .run_sections import provenance, results, training
 
@@ -31,8 +31,8 @@ class Report:
 def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Report:
     """Write RUN/report.html and its plots as RUN/figures/NAME.png, from the files in the run's folder.
 
-    Nothing is computed again: `hf-distill inspect`, `diagnose`, `retention` and `curve` write the results that their
-    sections show, and the page lists the sections that are missing.
+    Nothing is computed again: `hf-distill inspect`, `diagnose`, `retention`, `draft` and `curve` write the results that
+    their sections show, and the page lists the sections that are missing.
 
     Args:
         run: see `open_run`.
@@ -47,7 +47,7 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
     for name in (run_files.RESULTS, run_files.METRICS):
         run.path(name)
     on_stage("Drawing the plots")
-    builders = (results, diagnosis, training, inspection, temperature, curve, retention, samples, provenance)
+    builders = (results, diagnosis, training, inspection, temperature, curve, retention, draft, samples, provenance)
     sections = [build(run) for build in builders]
     shown = [section for section in sections if not section.missing]
     missing = {content: command for section in sections for content, command in section.missing.items()}

@@ -10,7 +10,7 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from ..analysis.run_models import RunModels, prompt_length
 from ..core import run_files
-from ..core.defaults import SAMPLE_TOKENS
+from ..core.defaults import PROMPT_TOKENS, SAMPLE_TOKENS
 from ..core.io import write_json
 from ..runner.run_results import Run
 
@@ -32,7 +32,7 @@ class Sample:
 def write_samples(
     run: Run,
     count: int = 3,
-    prompt_tokens: int = 32,
+    prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = SAMPLE_TOKENS,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> list[Sample]:

@@ -21,6 +21,7 @@ WRITTEN_BY = {
     run_files.INSPECTION: "hf-distill inspect RUN",
     run_files.DIAGNOSIS: "hf-distill diagnose RUN",
     run_files.RETENTION: "hf-distill retention RUN",
+    run_files.DRAFT: "hf-distill draft RUN",
     run_files.TEMPERATURE_SEARCH: "hf-distill temperature RECIPE",
     run_files.SAMPLES: "hf-distill report RUN",
     run_files.CURVE: "hf-distill curve RUN",
