@@ -64,7 +64,7 @@ def test_both_ranks_stop_with_a_complete_checkpoint_on_sigterm_of_the_launcher(t
             assert time.monotonic() < end
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

@@ -41,7 +41,7 @@ def browse(page, tmp_path, *options):
     assert browser, f"none of {', '.join(BROWSERS)} is installed: `make test` installs chromium where it may"
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     command = [browser, *FLAGS.split(), profile, *options, f"file://{page}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
 
 
 def pixels(file):

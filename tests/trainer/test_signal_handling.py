@@ -142,13 +142,13 @@ def test_the_cli_stops_with_a_checkpoint_and_resumes(tmp_path):
     process = start_cli(tmp_path, *arguments)
     wait_for_first_log(tmp_path)
     process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=300)
     assert process.returncode == 143
     assert "Stopped by SIGTERM after step" in out
     assert "Traceback" not in errors
     step = int(latest_complete(tmp_path / "run").name.rpartition("-")[2])
     resumed = start_cli(tmp_path, *arguments, "--resume")
-    out, errors = resumed.communicate(timeout=120)
+    out, errors = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, errors
     assert f"from step {step} of 200" in out
 
