@@ -23,6 +23,11 @@ class HeldOutMetric(NamedTuple):
     hub_name: str | None = None
 
 
+CONTROL_TITLES = {  # value of `control` in a recipe -> what the control is
+    "sft": "control (hard labels only)",
+    "sft_on_data": "control (hard labels of the data's completions)",
+    "direct": "control (distilled directly)",
+}
 DEFAULT_TARGET = "token"  # noun for a target of language models
 HELD_OUT_METRICS = (
     HeldOutMetric("perplexity", "perplexity", 2, hub_name="perplexity"),

@@ -13,5 +13,6 @@ SAMPLES = "samples.json"
 DRAFT = "draft.json"
 CURVE = "curve.json"
 REPORT = "report.html"
+GENERATED_DATA = "generated_data.json"  # evaluation of the generated data sets that the run was trained on
 GENERATED = "generated"  # folder: the data sets that the teacher has generated, by source
 GENERATION = "generation.json"  # of a generated data set: what its completions were generated from

@@ -11,6 +11,7 @@ from .words import ngrams, words_and_marks
 T = TypeVar("T")
 Summary: TypeAlias = dict[str, float]
 _MAX_TEXTS = 50  # of which self-BLEU compares all pairs
+_MAX_DISTINCT_TEXTS = 2_000  # whose n-grams are held in memory
 _MAX_PROMPTS = 200  # of which self-BLEU compares the samples
 
 
@@ -67,16 +68,18 @@ def summarize(values: Iterable[float]) -> Summary | None:
     }
 
 
-def measure_completions(rows: Iterable[Row]) -> dict[str, object]:
+def measure_completions(rows: Iterable[Row], with_self_bleu: bool = True) -> dict[str, object]:
     """Return measures of the completions of a data set, for its card and the report.
 
     Args:
         rows: the rows; see `rows`.
+        with_self_bleu: whether self-BLEU is computed, which needs sacrebleu.
 
     Returns:
         `rows` and `prompts` (numbers); `characters` and, if the rows have the column, `tokens` (see `summarize`);
-        `distinct_1` to `distinct_3`; `self_bleu_of_samples` (between the samples of a prompt, of up to 200 prompts),
-        and `self_bleu_of_prompts` (between the first samples of up to 50 prompts). An undefined measure is None.
+        `distinct_1` to `distinct_3` (of up to 2,000 completions at equal distances); `self_bleu_of_samples` (between
+        the samples of a prompt, of up to 200 prompts), and `self_bleu_of_prompts` (between the first samples of up to
+        50 prompts). An undefined measure is None.
     """
     groups: dict[object, list[str]] = {}
     tokens = list[float]()
@@ -85,16 +88,17 @@ def measure_completions(rows: Iterable[Row]) -> dict[str, object]:
         if isinstance(count := row.get("tokens"), int):
             tokens.append(count)
     texts = [text for group in groups.values() for text in group]
-    sampled = [group for group in groups.values() if len(group) > 1]
-    first = [group[0] for group in groups.values()]
+    sampled = [group for group in groups.values() if len(group) > 1] if with_self_bleu else []
+    first = [group[0] for group in groups.values()] if with_self_bleu else []
+    distinct_texts = _spread(texts, _MAX_DISTINCT_TEXTS)
     return {
         "rows": len(texts),
         "prompts": len(groups),
         "characters": summarize(map(len, texts)),
         "tokens": summarize(tokens),
-        **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
-        "self_bleu_of_samples": self_bleu(_spread(sampled, _MAX_PROMPTS)),
-        "self_bleu_of_prompts": self_bleu([_spread(first, _MAX_TEXTS)]),
+        **{f"distinct_{n}": distinct_n(distinct_texts, n) for n in (1, 2, 3)},
+        "self_bleu_of_samples": self_bleu(_spread(sampled, _MAX_PROMPTS)) if with_self_bleu else None,
+        "self_bleu_of_prompts": self_bleu([_spread(first, _MAX_TEXTS)]) if with_self_bleu else None,
     }
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.escape import code_span, markdown
 from ..core.json_types import JSONObject
 from ..version import __version__
+from .evaluation import measures_table
 
 _HEAD = """---
 configs:
@@ -38,6 +40,8 @@ _COLUMNS = {
     "logprob": "mean log-probability of the tokens, in nats",
     "reasoning": "the reasoning before the answer",
     "reference": "the completion of the source",
+    "score": "score by which the completion was selected",
+    "vote_share": "share of the samples of the prompt with the same answer",
 }
 
 
@@ -52,6 +56,8 @@ class CardFacts:
     sources:   name of a source -> number of its prompts
     counts:    what happened to the completions, in order
     columns:   columns of the data set
+    filters:   counts of each filter
+    measures:  measures of parts of the data set, see `Evaluation`
     """
 
     title: str
@@ -62,6 +68,7 @@ class CardFacts:
     counts: Mapping[str, int | float]
     columns: Sequence[str]
     filters: Sequence[JSONObject] = field(default=())
+    measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def render_card(facts: CardFacts) -> str:
@@ -80,6 +87,9 @@ def render_card(facts: CardFacts) -> str:
             "Columns", ("column", "content"), [(markdown(c), _COLUMNS.get(c, "of the source")) for c in facts.columns]
         ),
     ]
+    if facts.measures:
+        names, rows = measures_table(facts.measures)
+        sections.insert(1, _table("Diversity and length", ("", *names), rows))
     if facts.filters:
         names = [*facts.filters[0]]
         sections.insert(1, _table("Filters", names, [[markdown(each[key]) for key in names] for each in facts.filters]))

@@ -11,6 +11,7 @@ from ..errors import require_package
 from ..runner.run_results import Run
 from .analysis_sections import curve, diagnosis, draft, inspection, retention, samples, temperature
 from .figures import png
+from .generated_data import generated_data
 from .run_sections import provenance, results, training
 
 
@@ -47,9 +48,21 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
     for name in (run_files.RESULTS, run_files.METRICS):
         run.path(name)
     on_stage("Drawing the plots")
-    builders = (results, diagnosis, training, inspection, temperature, curve, retention, draft, samples, provenance)
+    builders = (
+        results,
+        diagnosis,
+        training,
+        generated_data,
+        inspection,
+        temperature,
+        curve,
+        retention,
+        draft,
+        samples,
+        provenance,
+    )
     sections = [build(run) for build in builders]
-    shown = [section for section in sections if not section.missing]
+    shown = [section for section in sections if not section.missing and not section.is_empty]
     missing = {content: command for section in sections for content, command in section.missing.items()}
     (run.folder / "figures").mkdir(exist_ok=True)
     figures = {

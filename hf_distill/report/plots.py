@@ -12,6 +12,7 @@ from ..analysis.inspector import Inspection
 from ..analysis.successive_halving import Candidate
 from ..analysis.temperature_search import SearchResult
 from ..core.results import Metrics
+from ..generation.evaluation import GENERATED, KEPT, Histogram
 from .figures import COLORS, TEXT_COLOR, axes, legend
 
 if TYPE_CHECKING:
@@ -90,6 +91,22 @@ def entropies(logs: Sequence[Metrics]) -> "Figure | None":
     for model in ("teacher", "student"):
         _line(subplot, training, f"{model}_entropy", model, COLORS[model])
     legend(subplot)
+    return figure
+
+
+def token_lengths(lengths: Histogram, titles: Mapping[str, str]) -> "Figure":
+    """Plot numbers of completions by their length.
+
+    Args:
+        lengths: the histogram.
+        titles: titles of its parts.
+    """
+    figure, (subplot,) = axes("Length of the completions", "generated tokens", "completions")
+    for name, color in ((GENERATED, COLORS["before"]), (KEPT, COLORS["teacher"])):
+        if name in lengths.counts:
+            subplot.stairs(lengths.counts[name], lengths.edges, fill=True, alpha=0.6, color=color, label=titles[name])
+    if len(lengths.counts) > 1:
+        legend(subplot)
     return figure
 
 

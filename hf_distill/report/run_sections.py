@@ -9,7 +9,7 @@ import yaml
 from ..analysis.verdicts import Verdict
 from ..core import run_files
 from ..core.files import file_entry
-from ..core.held_out_metrics import formatted, has_any, metrics_of_teacher, shown_metrics
+from ..core.held_out_metrics import CONTROL_TITLES, formatted, has_any, metrics_of_teacher, shown_metrics
 from ..core.results import Metrics
 from ..recipe.tasks import target_noun
 from ..runner.run_results import Run
@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 MODEL_TITLES = {
     "before": "student before training",
     "student": "student after training",
-    "control": "control (hard labels only)",
+    "control": CONTROL_TITLES["sft"],
     "peer": "peer",
     "ema": "EMA teacher",
+}
+# Value of `control` in a recipe -> how the control was trained.
+_TRAINED = {
+    "sft": "trained on hard labels only",
+    "sft_on_data": "trained on the completions of the data",
+    "direct": "distilled from the first teacher",
 }
 
 
@@ -67,6 +73,7 @@ class Section:
     samples: Sequence[Sample] = ()
     code: Sequence[str] = ()
     missing: dict[str, str] = field(default_factory=dict)
+    is_empty: bool = False  # it does not concern the run
 
 
 def results(run: Run) -> Section:
@@ -76,11 +83,12 @@ def results(run: Run) -> Section:
     if teacher := metrics_of_teacher(models["student"]):
         rows.append(["teacher", *formatted(teacher, shown)])
     stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}
-    for name, title in (stages | MODEL_TITLES).items():
+    titles = stages | MODEL_TITLES | {"control": CONTROL_TITLES[run.recipe.control or "sft"]}
+    for name, title in titles.items():
         if has_any(metrics := models.get(name, {}), shown):
             rows.append([title, *formatted(metrics, shown)])
     table = Table(["held-out rows", *(metric.title for metric in shown)], rows)
-    return Section("results", "Results", [_summary(models)], [table])
+    return Section("results", "Results", [_summary(models, run.recipe.control)], [table])
 
 
 def training(run: Run) -> Section:
@@ -122,7 +130,7 @@ def provenance(run: Run) -> Section:
     )
 
 
-def _summary(models: dict[str, Metrics]) -> str:
+def _summary(models: dict[str, Metrics], control_kind: str | None) -> str:
     """Return one sentence on the student's perplexity, compared with the control if there is one."""
     after, control = models["student"], models.get("control", {})
     if "perplexity" not in after:
@@ -133,7 +141,8 @@ def _summary(models: dict[str, Metrics]) -> str:
     if "perplexity" in control:
         gain = 1 - after["perplexity"] / control["perplexity"]
         comparison = "better" if gain > 0 else "worse"
-        text += f", which is {abs(gain):.1%} {comparison} than that of the same student trained on hard labels only"
+        trained = _TRAINED[control_kind or "sft"]
+        text += f", which is {abs(gain):.1%} {comparison} than that of the same student {trained}"
     return text + "."
 
 

@@ -20,12 +20,12 @@ class Sample:
     """A prompt with the text that each model generates.
 
     prompt:     text
-    reference:  continuation in the data
+    reference:  continuation in the data; None if it has none
     written:    "teacher", "before", "student", "control" -> generated text
     """
 
     prompt: str
-    reference: str
+    reference: str | None
     written: dict[str, str]
 
 

@@ -272,8 +272,10 @@ def load_source(recipe: Recipe, name: str, of_data: bool = False) -> Examples:
 
 def with_origin(rows: Examples, recipe: Recipe, name: str) -> Examples:
     """Return the rows of a source with its origin as a column, if it has one."""
-    authors = {key: source.author for key, source in recipe.data.sources.items()}
-    if (author := authors.get(name)) is None or None in authors.values():
+    sources = recipe.data.sources
+    is_read = recipe.distill.by_origin or any(source.origin for source in sources.values())
+    author = sources[name].author if name in sources else None
+    if author is None or not is_read:
         return rows
     index = ORIGINS.index(author)
     features = None if rows.features is None else Features({**rows.features, ORIGIN: Value("int64")})

@@ -30,6 +30,7 @@ from ..generation.backends.vllm import VLLMBackend
 from ..generation.card import CardFacts, render_card
 from ..generation.completion import Completion, Part, Prompt, Request, SamplingSettings, make_parts
 from ..generation.dataset import column_names, make_rows, make_table
+from ..generation.evaluation import Evaluation, evaluate_data_set
 from ..generation.progress import GenerationProgress, ProgressMeter
 from ..generation.prompts import PromptRenderer, SourceRow, read_source, with_system_prompt
 from ..generation.reasoning import ends_with_open_tag
@@ -320,7 +321,7 @@ def _generate(
     on_stage(f"Generating {total - done:,} completions of {len(prompts):,} prompts")
     _complete(store, backend, missing, ProgressMeter(total, done, on_progress))
     completions = store.read()
-    rows = make_rows(sources, completions, options.reasoning, options.reasoning_tags, opened)
+    rows = generated = make_rows(sources, completions, options.reasoning, options.reasoning_tags, opened)
     set_aside, counts = list[dict[str, Any]](), list[StepCount]()
     if options.filters or options.select:
         on_stage("Filtering")
@@ -331,9 +332,11 @@ def _generate(
             failed = f", and {count.set_aside:,} raised an exception" if count.set_aside else ""
             on_stage(f"{count.label}: removed {count.removed:,} of {count.given:,}{failed}")
     table = make_table(rows)
-    on_stage(f"Writing {len(rows):,} rows")
-    card = _card_facts(options, sources, backend, completions, counts, rows, table.column_names)
-    store.publish(table, render_card(card), make_table(set_aside) if set_aside else None, {"request": request})
+    on_stage(f"Measuring and writing {len(rows):,} rows")
+    evaluation = evaluate_data_set(str(public_name(backend.identity()["model"])), generated, rows, counts)
+    card = _card_facts(options, sources, backend, completions, evaluation, rows, table.column_names)
+    facts: JSONObject = {"request": request, "evaluation": evaluation.as_json()}
+    store.publish(table, render_card(card), make_table(set_aside) if set_aside else None, facts)
     if unfinished := sum(row["finish_reason"] == "length" for row in rows):
         logger.warning(
             f"{unfinished:,} of {len(rows):,} completions were cut off at generate.max_new_tokens = "
@@ -371,7 +374,7 @@ def _card_facts(
     sources: Sequence[SourceRow],
     backend: Backend,
     completions: Sequence[Completion],
-    steps: Sequence[StepCount],
+    evaluation: Evaluation,
     rows: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
 ) -> CardFacts:
@@ -397,5 +400,6 @@ def _card_facts(
         sources=Counter(row.prompt.source for row in sources),
         counts=counts,
         columns=columns,
-        filters=[step.as_json() for step in steps],
+        filters=evaluation.filters,
+        measures=evaluation.measures,
     )

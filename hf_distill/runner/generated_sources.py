@@ -4,9 +4,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..core.run_files import GENERATION
+from ..core.io import write_json
+from ..core.references import reference_kind
+from ..core.run_files import GENERATED_DATA, GENERATION
 from ..data import Examples, load_examples, split_held_out
 from ..errors import DistillError
+from ..generation.store import read_facts
 from ..recipe.schema import Recipe
 
 _DEFAULT_SEED = 42  # of TrainingArguments
@@ -47,3 +50,15 @@ def generated_examples(recipe: Recipe, name: str) -> Examples:
             "generates them and trains on them, and `hf-distill generate RECIPE` generates them alone."
         )
     return load_examples(str(folder))
+
+
+def record_generated_data(recipe: Recipe, folder: Path) -> None:
+    """Copy the evaluations of the generated data sets of a recipe into its run folder, if it reads any."""
+    folders = {
+        name: recipe.generated_folder(name) if source.generate else source.path
+        for name, source in recipe.data.sources.items()
+        if source.generate or reference_kind(source.path) == "path"
+    }
+    evaluations = {name: read_facts(Path(path)).get("evaluation") for name, path in folders.items()}
+    if found := {name: evaluation for name, evaluation in evaluations.items() if evaluation}:
+        write_json(folder / GENERATED_DATA, found)

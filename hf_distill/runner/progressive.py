@@ -23,6 +23,7 @@ from ..recipe.schema import Recipe
 from ..recipe.stages import direct_values, stage_values
 from ..teachers.loading import env_world_size
 from ..trainer.trainer import DistillTrainer
+from .generated_sources import record_generated_data
 from .run_dir import run_folder
 from .single_run import RunResult, run_single
 from .teacher_only import load_teacher_and_data, static_teacher_spec
@@ -129,6 +130,7 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
         for log in read_logs(folder / name / run_files.METRICS):
             logs.append(json.dumps(log | {"run": names.get(name, name)}) + "\n")
     write_atomic(folder / run_files.METRICS, "".join(logs))
+    record_generated_data(recipe, folder)
     chain = [_stage_facts(name, part, facts[name]) for name, part in parts.items()]
     shared_keys = ("environment", "data", "teacher", "provenance", "origin")
     first: Mapping[str, object] = facts["stage-1"]

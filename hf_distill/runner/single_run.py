@@ -34,6 +34,7 @@ from .datasets import num_training_rows, prepare_data
 from .distributed import check_same_on_all_ranks
 from .early_stopping import EarlyStopping
 from .export import export_teachers, teacher_metrics
+from .generated_sources import record_generated_data
 from .model_factory import ModelFactory, check_launch
 from .model_loading import load_teacher_tokenizers, resolve_model
 from .on_policy import prepare_prompts
@@ -99,6 +100,7 @@ def _run(run: "RunContext", evidence: Results) -> RunResult:
         run_on_main(write)
 
     def write() -> None:
+        record_generated_data(recipe, folder)
         evidence["log_lines"] = count_logs(folder / run_files.METRICS)
         write_json(folder / run_files.RESULTS, evidence)
 

@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 from hf_distill import DistillError
 from hf_distill.analysis import open_run
 from hf_distill.cli import app
+from hf_distill.filters import apply_filters
+from hf_distill.filters.text_filters import Length
+from hf_distill.generation.evaluation import evaluate_data_set
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.report.html import report
 from hf_distill.report.samples import write_samples
@@ -236,3 +239,29 @@ def test_title_and_legend_of_a_plot_are_not_rendered_as_markup():
     root = ElementTree.fromstring(svg(figure))
     assert not [element for element in root.iter() if "script" in element.tag]
     assert root.attrib["aria-label"] == attack.strip() or root.attrib["aria-label"] == attack
+
+
+def test_the_report_of_a_run_on_generated_data_shows_what_the_filters_took(folder, tmp_path):
+    page = report(open_run(folder)).path
+    assert "Generated data" not in page.read_text()
+    rows = [
+        {"prompt": f"question {i}", "completion": "yes " * (i + 1), "reference": f"<b>{i}</b>", "tokens": i + 1}
+        for i in range(6)
+    ]
+    result = apply_filters(rows, [Length(max_tokens=4)])
+    evaluation = evaluate_data_set("org/teacher", rows, [*result.kept_rows(rows)], result.counts)
+    (folder / "generated_data.json").write_text(json.dumps({"task": evaluation.as_json()}))
+    written = report(open_run(folder))
+    assert written.figures["generated_task"].is_file()
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", written.path.read_text()))
+    assert "data.task has 4 completions of 4 prompts, which org/teacher wrote: 66.7% of 6 completions passed" in text
+    assert "length (max_tokens: 4) 6 2 0 4 66.7%" in text
+    assert "distinct-1 0.048 0.100 " in text  # one word of 21, and of 10
+    assert "teacher, removed by length yes yes yes yes yes" in text
+    assert "continuation in the data &lt;b&gt;0&lt;/b&gt;" in text
+    shot = tmp_path / "phone.png"
+    browse(written.path, tmp_path, f"--screenshot={shot}", "--window-size=390,6000")
+    assert pixels(shot)[:, -12:].min() > 0.9  # the page is not wider than a phone
+    (folder / "generated_data.json").write_text(json.dumps({"task": {"model": 3}}))
+    with pytest.raises(DistillError, match=r"generated_data.json is damaged"):
+        report(open_run(folder))

@@ -122,6 +122,9 @@ def test_a_run_that_is_killed_in_each_phase_resumes_to_the_same_models(recipe_of
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, resume=True, callbacks=[StopAt(tmp_path / "run")])
     assert parts == [0, 1, None, 2, 3]
+    evaluation = json.loads((tmp_path / "whole" / "generated_data.json").read_text())["task"]
+    assert [each["filter"] for each in evaluation["filters"]] == ["length"]
+    assert evaluation["measures"]["generated"]["rows"] == 16
     monkeypatch.setattr(generation_phase, "generate_data", None)  # the complete data set is not opened again
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, resume=True, callbacks=[StopAt(tmp_path / "run" / "control")])
@@ -264,7 +267,8 @@ def test_the_teacher_is_the_author_of_generated_rows(recipe_of, tmp_path):
     rows = prepare_data(recipe, task_of(recipe).load_processor(), 42, 1).train
     assert {(row["source"], row["origin"]) for row in rows} == {(0, 0), (1, 2)}
     plain = recipe_of(f"data.chats={{path: {other}}}")
-    assert "origin" not in prepare_data(plain, task_of(plain).load_processor(), 42, 1).train.column_names
+    for recipe in (plain, recipe_of()):
+        assert "origin" not in prepare_data(recipe, task_of(recipe).load_processor(), 42, 1).train.column_names
 
 
 def test_the_settings_of_an_unused_section_do_not_bind_a_run(recipe_of):

@@ -11,7 +11,14 @@ from rich.table import Table
 
 from ...core import run_files
 from ...core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
-from ...core.held_out_metrics import DEFAULT_TARGET, formatted, has_any, metrics_of_teacher, shown_metrics
+from ...core.held_out_metrics import (
+    CONTROL_TITLES,
+    DEFAULT_TARGET,
+    formatted,
+    has_any,
+    metrics_of_teacher,
+    shown_metrics,
+)
 from ...core.results import Metrics, StageFacts
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
@@ -68,7 +75,7 @@ def run(
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume, [progress], progress.log_stage, progress.update_generation)
     results = read_results(result.folder / run_files.RESULTS)
-    out.print(results_table(result.models, results.get("chain"), target_noun(loaded)))
+    out.print(results_table(result.models, results.get("chain"), target_noun(loaded), loaded.control))
     if note := stopping_note(results.get("steps", {})):
         out.print(note, soft_wrap=True, highlight=False)
     out.print(f"Run folder: {result.folder} (student: {result.folder / 'student'})", soft_wrap=True)
@@ -129,7 +136,10 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def results_table(
-    models: dict[str, Metrics], chain: list[StageFacts] | None = None, target: str = DEFAULT_TARGET
+    models: dict[str, Metrics],
+    chain: list[StageFacts] | None = None,
+    target: str = DEFAULT_TARGET,
+    control: str | None = None,
 ) -> Table:
     """Build the table of held-out metrics: teacher, student before and after training, control, or all stages.
 
@@ -137,11 +147,12 @@ def results_table(
         models: name -> held-out metrics.
         chain: "chain" of the results of a progressive run.
         target: noun for a target of the models.
+        control: `control` of the recipe.
     """
     table, shown = Table(title="Metrics on held-out rows"), shown_metrics(models.values(), target)
     for heading in ("", *(metric.title for metric in shown)):
         table.add_column(heading, justify="right" if heading else "left")
-    names = {"before": "student before", "student": "student after", "control": "control (hard labels alone)"}
+    names = {"before": "student before", "student": "student after", "control": CONTROL_TITLES[control or "sft"]}
     if chain:
         names = {part["stage"]: f"{part['stage']}, {part['student']['blocks']} blocks" for part in chain}
         last = [part["stage"] for part in chain if part["stage"] != "direct"][-1]
