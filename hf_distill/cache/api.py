@@ -29,6 +29,7 @@ from .example_keys import other_inputs
 from .fingerprints import template_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from .manifest import DataCounts, DataRecord, Kind, KindOptions, Manifest, ScalingRecord, TeacherRecord
 from .serialization import DTYPES, check_kind
+from .unfinished import remove_other
 from .writer import CacheProgress, Rows, ShardPlan, TeacherFn, load_batch, plan_shards, request_layers, write_shards
 
 KINDS = ("hidden", "sampled", "top_k")
@@ -157,6 +158,7 @@ def write_cache(
     recipe: JSONObject | None = None,
     served: ServedTeacher | None = None,
     context_length: int | None = None,
+    replaces_other: bool = False,
     on_progress: Callable[[CacheProgress], None] = lambda progress: None,
     **options: Any,
 ) -> Manifest:
@@ -175,6 +177,7 @@ def write_cache(
         recipe: the recipe of this cache, for the manifest, which leaves out the URLs of servers.
         served: facts of a remote teacher; None for other teachers.
         context_length: of a teacher with another tokenizer, the number of tokens at which its rows were cut.
+        replaces_other: whether another cache in the folder is removed; otherwise it is an error.
         on_progress: called after each shard.
         options: see `CacheOptions`.
 
@@ -212,6 +215,8 @@ def write_cache(
         depth=served.depth if served else count_blocks(cast(nn.Module, model)),
         **_probe_teacher(teacher_fn, plan, cache_options, device, shift, served),
     )
+    if replaces_other:
+        remove_other(Path(folder), manifest)
     return write_shards(teacher_fn, plan, manifest, Path(folder), device, shift, on_progress)
 
 
@@ -293,8 +298,9 @@ def _probe_teacher(
     check_kind(options.kind, teacher_signals)
     source = teacher_signals.logits
     if isinstance(source, SparseLogProbs):
-        assert served is not None
-        return {"vocab_size": served.vocab_size, "width": None, "scaling": {"scale": 1.0, "softcap": None}}
+        vocab_size = source.vocab_size if served is None else served.vocab_size
+        assert vocab_size is not None, "log-probabilities of a teacher that is no server know its vocabulary"
+        return {"vocab_size": vocab_size, "width": None, "scaling": {"scale": 1.0, "softcap": None}}
     assert isinstance(source, LazyLogits | DenseLogits)
     head = source if isinstance(source, LazyLogits) else None
     widths = {feature.shape[-1] for feature in teacher_signals.features.values()}

@@ -5,6 +5,7 @@ the entry. A resumed write first verifies all files; damaged files are removed a
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -60,6 +61,20 @@ def open_output(folder: Path, manifest: Manifest) -> Manifest | None:
     barrier()
     run_on_main(lambda: _write_capture_manifest(folder, manifest))
     return None
+
+
+def remove_other(folder: Path, manifest: Manifest) -> None:
+    """Remove a folder that holds another cache, or one whose manifest is damaged; other folders stay as they are."""
+    for name in (FILE, CAPTURE):
+        if not (folder / name).is_file():
+            continue
+        try:
+            is_other = bool(read_manifest(folder, name).differs(manifest))
+        except DistillError:
+            is_other = True
+        if is_other:
+            shutil.rmtree(folder)
+            return
 
 
 def _write_capture_manifest(folder: Path, manifest: Manifest) -> None:

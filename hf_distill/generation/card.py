@@ -58,6 +58,7 @@ class CardFacts:
     columns:   columns of the data set
     filters:   counts of each filter
     measures:  measures of parts of the data set, see `Evaluation`
+    cache:     facts of the teacher cache; empty if there is none
     """
 
     title: str
@@ -69,6 +70,7 @@ class CardFacts:
     columns: Sequence[str]
     filters: Sequence[JSONObject] = field(default=())
     measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cache: JSONObject = field(default_factory=dict)
 
 
 def render_card(facts: CardFacts) -> str:
@@ -93,6 +95,11 @@ def render_card(facts: CardFacts) -> str:
     if facts.filters:
         names = [*facts.filters[0]]
         sections.insert(1, _table("Filters", names, [[markdown(each[key]) for key in names] for each in facts.filters]))
+    if facts.cache:
+        values = [(key, f"{value:,}" if type(value) is int else markdown(value)) for key, value in facts.cache.items()]
+        note = "\nThe cache holds what the teacher predicted for each target token, for training with soft labels:\n"
+        note += "`hf-distill run RECIPE data.task.path=FOLDER teacher.kind=cached teacher.path=FOLDER/cache`\n"
+        sections.append(_table("Teacher cache", ("", ""), values) + note)
     return head + "\n".join(sections)
 
 

@@ -1,11 +1,14 @@
 """What goes into a backend and what comes out of it: prompts, sampling settings and completions. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..core.defaults import MAX_NEW_TOKENS
+
+if TYPE_CHECKING:
+    from .token_signals import TokenSignals
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 _SEED_BITS = 31  # servers and torch accept seeds of this size
@@ -64,6 +67,7 @@ class Completion:
     finish_reason: "stop", or "length" if it was cut off at `max_new_tokens`
     tokens:        number of generated tokens, with the end-of-text token
     log_prob:      mean log-probability of the tokens in nats; None if the backend returned none
+    signals:       the recorded distributions; None if none were recorded
     """
 
     index: int
@@ -72,6 +76,7 @@ class Completion:
     finish_reason: FinishReason
     tokens: int
     log_prob: float | None = None
+    signals: "TokenSignals | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     DIR/generation.json            what the completions were generated from
     DIR/.completions/part-N.parquet    the completions of a part, before any filter
+    DIR/.completions/part-N.safetensors    the distributions that the teacher predicted for them, if a cache is written
     DIR/data/train-*.parquet       the data set, written when all parts are there
     DIR/README.md                  its card
     DIR/set_aside.parquet          rows for which a filter raised an exception, with the exception
@@ -13,7 +14,6 @@ dot, so an unfinished data set cannot be trained on.
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +25,7 @@ from ..core.json_types import JSONObject
 from ..core.run_files import GENERATION
 from ..errors import DistillError
 from .completion import Completion, Part
+from .token_signals import SignalFile, write_signals
 
 PARTS, DATA, CARD, SET_ASIDE = ".completions", "data", "README.md", "set_aside.parquet"
 _ROWS_PER_FILE = 100_000
@@ -47,10 +48,11 @@ class CompletionStore:
         folder: the folder.
         identity: what determines the completions: model, settings and prompts.
         parts: all parts of the data set.
+        has_signals: whether the distributions of the completions are stored too.
     """
 
-    def __init__(self, folder: Path, identity: JSONObject, parts: Sequence[Part]):
-        self.folder, self.identity, self.parts = folder, identity, parts
+    def __init__(self, folder: Path, identity: JSONObject, parts: Sequence[Part], has_signals: bool = False):
+        self.folder, self.identity, self.parts, self.has_signals = folder, identity, parts, has_signals
 
     def open(self, resume: bool) -> list[Part]:
         """Create or continue the folder, and return the parts that are missing.
@@ -86,7 +88,7 @@ class CompletionStore:
 
     def missing(self) -> list[Part]:
         """Return the parts that are not on the disk."""
-        return [part for part in self.parts if not self._file(part).is_file()]
+        return [part for part in self.parts if not all(file.is_file() for file in self._files(part))]
 
     def write(self, part: Part, completions: Iterable[Completion]) -> None:
         """Write the completions of a part, in the order of its requests.
@@ -98,7 +100,11 @@ class CompletionStore:
         by_key = {(each.index, each.sample): each for each in completions}
         if sorted(by_key) != sorted(expected):
             raise ValueError(f"part {part.number} has {len(by_key)} of {len(expected)} completions")
-        rows = [asdict(by_key[key]) for key in expected]
+        ordered = [by_key[key] for key in expected]
+        if self.has_signals:  # before the completions, so that the part is complete when these are there
+            self._file(part).unlink(missing_ok=True)
+            write_signals(self._signal_file(part), [each.signals for each in ordered if each.signals is not None])
+        rows = [{name: getattr(each, name) for name in _SCHEMA.names} for each in ordered]
         with atomic_path(self._file(part)) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
 
@@ -113,6 +119,18 @@ class CompletionStore:
             with damage_reported(self._file(part)):
                 completions += [Completion(**row) for row in pq.read_table(self._file(part)).to_pylist()]
         return completions
+
+    def signal_files(self) -> list[SignalFile]:
+        """Return the distributions of all parts.
+
+        Raises:
+            DistillError: a file is damaged.
+        """
+        return [SignalFile(self._signal_file(part)) for part in self.parts]
+
+    def write_card(self, card: str) -> None:
+        """Write the card in place of the one that is there."""
+        write_atomic(self.folder / CARD, card)
 
     def publish(
         self, table: pa.Table, card: str, set_aside: pa.Table | None = None, facts: JSONObject | None = None
@@ -141,7 +159,7 @@ class CompletionStore:
         if data.is_dir():
             data.replace(old)
         new.replace(data)
-        write_atomic(self.folder / CARD, card)
+        self.write_card(card)
         if set_aside is None:
             (self.folder / SET_ASIDE).unlink(missing_ok=True)
         else:
@@ -153,6 +171,12 @@ class CompletionStore:
 
     def _file(self, part: Part) -> Path:
         return self.folder / PARTS / f"part-{part.number:06d}.parquet"
+
+    def _signal_file(self, part: Part) -> Path:
+        return self._file(part).with_suffix(".safetensors")
+
+    def _files(self, part: Part) -> list[Path]:
+        return [self._file(part), self._signal_file(part)] if self.has_signals else [self._file(part)]
 
 
 def read_facts(folder: Path) -> JSONObject:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..core.defaults import MAX_NEW_TOKENS
+from ..core.defaults import MAX_NEW_TOKENS, SAMPLES_PER_TOKEN, TOP_K_IDS
 from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError
@@ -87,6 +87,24 @@ class Generation(StrictModel):
         True,
         description="Record the mean log-probability of the tokens of each completion in the column logprob. "
         "Default: true.",
+    )
+    cache: Literal["top_k", "sampled", "hidden"] | None = Field(
+        None,
+        description="Also write a teacher cache of the data set into its folder cache, from what the teacher predicts "
+        "while it generates: top_k (the k most probable ids), sampled (draws) or hidden (hidden states). Backends "
+        "server and vllm: top_k only. Default (null): no cache.",
+    )
+    k: int | None = Field(
+        None,
+        ge=1,
+        lt=1 << 16,
+        description=f"cache top_k: number of ids of each token. Default (null): {TOP_K_IDS}.",
+    )
+    samples_per_token: int | None = Field(
+        None,
+        ge=1,
+        lt=1 << 16,
+        description=f"cache sampled: number of draws of each token. Default (null): {SAMPLES_PER_TOKEN}.",
     )
     filters: list[FilterSpec] = Field(
         default_factory=list,
@@ -188,6 +206,14 @@ class Generation(StrictModel):
             other = (*other, "batching")
         if wrong := [name for name in other if name in self.model_fields_set and getattr(self, name) is not None]:
             problems.append(f"backend {self.backend} does not use {', '.join(wrong)}: remove it")
+        if self.backend != "transformers" and self.cache not in (None, "top_k"):
+            problems.append(
+                f"backend {self.backend} returns the log-probabilities of the most probable ids, and a cache of kind "
+                f"{self.cache} needs more: set cache to top_k, or use backend transformers"
+            )
+        for kind, name in (("top_k", "k"), ("sampled", "samples_per_token")):
+            if getattr(self, name) is not None and self.cache != kind:
+                problems.append(f"{name} is used with cache {kind} only: remove it, or set cache to {kind}")
         if self.select is not None and self.samples == 1:
             problems.append("select chooses among the samples of a prompt, and there is one: raise samples")
         if self.samples > 1 and not self.temperature:

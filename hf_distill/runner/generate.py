@@ -5,49 +5,43 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..cache.fingerprints import weights_fingerprint
-from ..core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY_SECONDS
+from ..cache import Manifest
 from ..core.json_types import JSONObject
 from ..core.locks import LOCK_FILE, lock_folder, remove_lock_file
 from ..core.references import public_name, reference_kind
 from ..data.load import load_columns
-from ..data.training_templates import training_template
 from ..errors import DistillError
 from ..filters import StepCount, apply_filters, check_filters
 from ..generation.backends.api import Backend
-from ..generation.backends.local import TransformersBackend
-from ..generation.backends.server import ServerBackend
-from ..generation.backends.vllm import VLLMBackend
 from ..generation.card import CardFacts, render_card
-from ..generation.completion import Completion, Part, Prompt, Request, SamplingSettings, make_parts
+from ..generation.completion import Completion, Part, Prompt, make_parts
 from ..generation.dataset import column_names, make_rows, make_table
 from ..generation.evaluation import Evaluation, evaluate_data_set
+from ..generation.generated_teacher import Coverage
 from ..generation.progress import GenerationProgress, ProgressMeter
-from ..generation.prompts import PromptRenderer, SourceRow, read_source, with_system_prompt
-from ..generation.reasoning import ends_with_open_tag
+from ..generation.prompts import SourceRow, read_source, with_system_prompt
 from ..generation.store import CompletionStore
 from ..recipe.generation import Generation
-from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
 from ..recipe.tasks import require_text_generation
-from ..teachers.loading import direct_loading, dtype_of, env_world_size, quantization_config
-from ..teachers.remote.pool import ServerPool
-from .model_loading import load_pretrained, resolve_model
-from .teacher_only import static_teacher_spec
+from ..teachers.loading import env_world_size
+from .generation_cache import (
+    CACHE,
+    capture_of,
+    write_generated_cache,
+)
+from .generation_setup import Setup, local_setup, server_setup
 
 logger = logging.get_logger(__name__)
 _NO_IDENTITY = {
     *("backend", "url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size"),
-    *("reasoning", "reasoning_tags", "filters", "select", "output_dir"),
+    *("reasoning", "reasoning_tags", "filters", "select", "output_dir", "samples_per_token"),
 }  # keys of `generate` that do not change the completions, or are part of the identity of the backend
 # Keys of `generate` that do not change the data set.
 _PACE = ("url", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size", "output_dir")
@@ -63,6 +57,7 @@ class GeneratedData:
     rows:        number of rows that the filters kept
     tokens:      number of generated tokens
     counts:      counts of each filter, the selection last
+    cache:       folder of the teacher cache; None if the recipe requests none
     """
 
     folder: Path
@@ -70,6 +65,7 @@ class GeneratedData:
     rows: int
     tokens: int
     counts: list[StepCount]
+    cache: Path | None = None
 
 
 def generate_data(
@@ -106,19 +102,17 @@ def generate_data(
         on_stage("Reading the prompts")
         sources = read_prompts(recipe, options)
     check_filters(options.filters, options.select, column_names(sources, options.reasoning, options.log_probs))
+    capture = capture_of(recipe, options)
     request = request_of(recipe, options, sources)
     with _claimed(Path(folder)):
         if options.backend == "server":
-            opened: dict[int, bool] = {}
-            backend: Backend = _server_backend(options)
+            setup = server_setup(recipe, options, sources, capture)
         else:
-            sources, opened, backend = _local_backend(recipe, options, sources, on_stage)
+            setup = local_setup(recipe, options, sources, capture, on_stage)
         try:
-            return _generate(
-                recipe, options, Path(folder), sources, opened, backend, resume, request, on_stage, on_progress
-            )
+            return _generate(recipe, options, Path(folder), setup, resume, request, on_stage, on_progress)
         finally:
-            backend.close()
+            setup.backend.close()
 
 
 @contextmanager
@@ -203,125 +197,28 @@ def request_of(recipe: Recipe, options: Generation, sources: Sequence[SourceRow]
     return settings
 
 
-def _settings(options: Generation) -> SamplingSettings:
-    return SamplingSettings(
-        options.temperature, options.top_p, options.max_new_tokens, tuple(options.stop), options.log_probs
-    )
-
-
-def _server_backend(options: Generation) -> ServerBackend:
-    if options.url is None:
-        raise DistillError("generate.backend server needs a URL: pass generate.url=http://HOST:PORT.")
-    pool = ServerPool(
-        options.url,
-        timeout=options.timeout or REQUEST_TIMEOUT_SECONDS,
-        retry_seconds=RETRY_SECONDS if options.retry_seconds is None else options.retry_seconds,
-        concurrency=options.concurrency or CONCURRENT_REQUESTS,
-        api_key_env=options.api_key_env,
-    )
-    return ServerBackend(pool, options.model, _settings(options), options.reasoning_tags, options.chat_template_kwargs)
-
-
-def _local_backend(
-    recipe: Recipe, options: Generation, sources: Sequence[SourceRow], on_stage: Callable[[str], None]
-) -> tuple[list[SourceRow], dict[int, bool], Backend]:
-    """Return the prompts that fit into the context, whether each ends with the tag of reasoning, and the backend."""
-    spec = static_teacher_spec(recipe)
-    if spec.deepspeed or spec.fsdp:
-        raise DistillError("`hf-distill generate` does not shard the teacher: use teacher.device_map, or a server.")
-    path = resolve_model(str(spec.loaded_model))
-    tokenizer = load_pretrained(AutoTokenizer, str(spec.loaded_model), revision=spec.revision)
-    config = load_pretrained(AutoConfig, str(spec.loaded_model), revision=spec.revision)
-    template = None if recipe.data.chat_template is None else training_template(recipe.data.chat_template)
-    renderer = PromptRenderer(tokenizer, template, options.chat_template_kwargs)
-    prompts = {row.prompt.index: with_system_prompt(row.prompt, options.system_prompt) for row in sources}
-    ids = {index: renderer.ids(prompt) for index, prompt in prompts.items()}
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    kept = _fitting(sources, {index: len(each) for index, each in ids.items()}, context, options)
-    opened = {row.prompt.index: _is_open(renderer, prompts[row.prompt.index], options) for row in kept}
-
-    def encode(request: Request) -> list[int]:
-        return ids[request.prompt.index]
-
-    identity: JSONObject = {"model": str(spec.loaded_model), "revision": spec.revision, "dtype": spec.dtype}
-    identity["quantization"] = spec.quantization
-    on_stage(f"Loading {spec.loaded_model}")
-    if options.backend == "vllm":
-        engine = {"revision": spec.revision, "dtype": spec.dtype, "max_num_seqs": options.batch_size}
-        return kept, opened, VLLMBackend(path, engine, encode, _settings(options), identity)
-    model = _load_model(spec, config)
-    identity["weights"] = weights_fingerprint(model)
-    backend = TransformersBackend(
-        model, tokenizer, encode, _settings(options), options.batching, options.batch_size, identity
-    )
-    return kept, opened, backend
-
-
-def _is_open(renderer: PromptRenderer, prompt: Prompt, options: Generation) -> bool:
-    return not isinstance(prompt.content, str) and ends_with_open_tag(renderer.text(prompt), options.reasoning_tags)
-
-
-def _fitting(
-    sources: Sequence[SourceRow], lengths: Mapping[int, int], context: int | None, options: Generation
-) -> list[SourceRow]:
-    """Return the prompts that fit into the context together with their completions.
-
-    Raises:
-        DistillError: Some do not fit and `overflow` is error, or none fits.
-    """
-    limit = None if context is None else context - options.max_new_tokens
-    long = [row for row in sources if limit is not None and lengths[row.prompt.index] > limit]
-    if not long:
-        return list(sources)
-    first = long[0].prompt
-    text = (
-        f"{len(long):,} of {len(sources):,} prompts do not fit into the context of {context:,} tokens together with "
-        f"generate.max_new_tokens = {options.max_new_tokens:,}; the first is data.{first.source}, row {first.row} "
-        f"(counted from 0), with {lengths[first.index]:,} tokens"
-    )
-    if options.overflow == "error" or len(long) == len(sources):
-        raise DistillError(f"{text}. Lower max_new_tokens, or set generate.overflow to drop, which leaves them out.")
-    logger.warning(f"{text}. They are left out.")
-    left_out = {row.prompt.index for row in long}
-    return [row for row in sources if row.prompt.index not in left_out]
-
-
-def _load_model(spec: TeacherSpec, config: Any) -> PreTrainedModel:
-    """Load the teacher on the accelerator of this machine, if it has one."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    options: dict[str, object] = {"revision": spec.revision, "attn_implementation": spec.attn_implementation}
-    options = {name: value for name, value in options.items() if value is not None}
-    options |= {"device_map": spec.device_map} if spec.device_map else direct_loading(device)
-    if spec.quantization:
-        options["quantization_config"] = quantization_config(spec.quantization, dtype_of(config, {"dtype": spec.dtype}))
-    model = load_pretrained(AutoModelForCausalLM, str(spec.loaded_model), dtype=spec.dtype, **options)
-    if not (spec.device_map or spec.quantization):
-        cast(nn.Module, model).to(device)
-    return model
-
-
 def _generate(
     recipe: Recipe,
     options: Generation,
     folder: Path,
-    sources: Sequence[SourceRow],
-    opened: Mapping[int, bool],
-    backend: Backend,
+    setup: Setup,
     resume: bool,
     request: JSONObject,
     on_stage: Callable[[str], None],
     on_progress: Callable[[GenerationProgress], None],
 ) -> GeneratedData:
+    sources, backend = setup.sources, setup.backend
     prompts = [with_system_prompt(row.prompt, options.system_prompt) for row in sources]
     parts = make_parts(prompts, options.samples, options.seed, options.prompts_per_part)
-    store = CompletionStore(folder, _identity(recipe, options, prompts, backend), parts)
+    identity = _identity(recipe, options, prompts, setup)
+    store = CompletionStore(folder, identity, parts, setup.cache is not None)
     missing = store.open(resume)
     total = sum(len(part.requests) for part in parts)
     done = total - sum(len(part.requests) for part in missing)
     on_stage(f"Generating {total - done:,} completions of {len(prompts):,} prompts")
     _complete(store, backend, missing, ProgressMeter(total, done, on_progress))
     completions = store.read()
-    rows = generated = make_rows(sources, completions, options.reasoning, options.reasoning_tags, opened)
+    rows = generated = make_rows(sources, completions, options.reasoning, options.reasoning_tags, setup.opened)
     set_aside, counts = list[dict[str, Any]](), list[StepCount]()
     if options.filters or options.select:
         on_stage("Filtering")
@@ -337,13 +234,32 @@ def _generate(
     card = _card_facts(options, sources, backend, completions, evaluation, rows, table.column_names)
     facts: JSONObject = {"request": request, "evaluation": evaluation.as_json()}
     store.publish(table, render_card(card), make_table(set_aside) if set_aside else None, facts)
+    if setup.cache is not None:
+        manifest, coverage = write_generated_cache(recipe, options, setup.cache, store, on_stage)
+        store.write_card(render_card(replace(card, cache=_cache_facts(manifest, coverage))))
     if unfinished := sum(row["finish_reason"] == "length" for row in rows):
         logger.warning(
             f"{unfinished:,} of {len(rows):,} completions were cut off at generate.max_new_tokens = "
             f"{options.max_new_tokens}: a student trained on them learns to end there. Raise it, or add the filter "
             "unfinished."
         )
-    return GeneratedData(folder, len(completions), len(rows), sum(each.tokens for each in completions), counts)
+    cache = None if setup.cache is None else folder / CACHE
+    tokens = sum(each.tokens for each in completions)
+    return GeneratedData(folder, len(completions), len(rows), tokens, counts, cache)
+
+
+def _cache_facts(manifest: Manifest, coverage: Coverage) -> JSONObject:
+    """Return what the card states about the teacher cache."""
+    return {
+        "kind": manifest.kind,
+        **cast(JSONObject, manifest.options),
+        "temperature": "all" if manifest.temperature is None else manifest.temperature,
+        "rows": manifest.data["examples"],
+        "target tokens": manifest.data["tokens"],
+        "target tokens predicted during the generation": coverage.tokens,
+        "target tokens predicted in another forward": coverage.other_tokens,
+        "rows with such tokens": coverage.other_rows,
+    }
 
 
 def _complete(store: CompletionStore, backend: Backend, missing: Sequence[Part], meter: ProgressMeter) -> None:
@@ -352,13 +268,15 @@ def _complete(store: CompletionStore, backend: Backend, missing: Sequence[Part],
         meter.add_completions(len(completions), sum(each.tokens for each in completions))
 
 
-def _identity(recipe: Recipe, options: Generation, prompts: Sequence[Prompt], backend: Backend) -> JSONObject:
+def _identity(recipe: Recipe, options: Generation, prompts: Sequence[Prompt], setup: Setup) -> JSONObject:
     """Return what determines the completions; a data set is continued only with the same values."""
     settings: JSONObject = {
         f"generate.{key}": value for key, value in options.model_dump(mode="json").items() if key not in _NO_IDENTITY
     }
-    template = {"data.chat_template": recipe.data.chat_template}
-    return {**backend.identity(), **settings, **template, "prompts": len(prompts), "digest": _digest(prompts)}
+    template: JSONObject = {"data.chat_template": recipe.data.chat_template}
+    if setup.cache is not None:
+        template["temperature of the cache"] = setup.cache.capture.temperature
+    return {**setup.backend.identity(), **settings, **template, "prompts": len(prompts), "digest": _digest(prompts)}
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -45,8 +45,11 @@ def static_teacher_spec(recipe: Recipe, kinds: Collection[str] = ("frozen",)) ->
 
 
 def with_teacher(recipe: Recipe, spec: TeacherSpec) -> JSONObject:
-    """Return the plain values of a recipe with this teacher as its only one, which all losses use."""
-    values = recipe.model_dump(exclude_none=True)
+    """Return the plain values of a recipe with this teacher as its only one, which all losses use.
+
+    The section `generate` is left out: it affects no training, and names servers.
+    """
+    values = recipe.model_dump(exclude_none=True, exclude={"generate"})
     losses = [{key: value for key, value in loss.items() if key != "teacher"} for loss in values["losses"]]
     named = ("name", "weight", "sources")
     return values | {"teachers": [], "losses": losses, "teacher": spec.model_dump(exclude_none=True, exclude={*named})}

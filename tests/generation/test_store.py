@@ -9,12 +9,14 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from forking import fork_context
 
 from hf_distill.errors import DistillError
 from hf_distill.generation import store as store_module
 from hf_distill.generation.completion import Completion, Part, Prompt, make_parts
 from hf_distill.generation.store import CompletionStore
+from hf_distill.generation.token_signals import TokenSignals
 
 IDENTITY = {"model": "org/teacher", "generate.seed": 0}
 _EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -27,19 +29,26 @@ def parts_of(prompts: int = 5, samples: int = 2) -> list[Part]:
 def completions_of(part: Part) -> list[Completion]:
     """Completions that depend on the requests only, as those of a backend with seeds."""
     return [
-        Completion(each.prompt.index, each.sample, f"{each.prompt.content}: {each.seed}", "stop", 3, -0.5)
+        Completion(
+            each.prompt.index, each.sample, f"{each.prompt.content}: {each.seed}", "stop", 3, -0.5, signals(each)
+        )
         for each in reversed(part.requests)
+        for i in [each.prompt.index]
     ]
 
 
-def write_all(folder: Path, resume: bool) -> None:
-    store = CompletionStore(folder, IDENTITY, parts_of())
+def signals(request) -> TokenSignals:
+    return TokenSignals([request.prompt.index], [request.sample], {"hidden": torch.full((2, 3), float(request.seed))})
+
+
+def write_all(folder: Path, resume: bool, has_signals: bool = False) -> None:
+    store = CompletionStore(folder, IDENTITY, parts_of(), has_signals)
     for part in store.open(resume):
         store.write(part, completions_of(part))
     store.publish(pa.table({"completion": [each.text for each in store.read()]}), "# card")
 
 
-def write_until_killed(folder: Path, event: int, cut: int | None) -> None:
+def write_until_killed(folder: Path, event: int, cut: int | None, has_signals: bool) -> None:
     """Write a data set in this process, which is killed at a file operation, or in the middle of a file.
 
     Args:
@@ -66,11 +75,11 @@ def write_until_killed(folder: Path, event: int, cut: int | None) -> None:
 
     sys.addaudithook(kill_at)
     with mock.patch.object(store_module.pq, "write_table", write_half):
-        write_all(folder, (folder / "generation.json").is_file())
+        write_all(folder, (folder / "generation.json").is_file(), has_signals)
 
 
-def run_and_kill(folder: Path, event: int = -1, cut: int | None = None) -> int:
-    process = fork_context().Process(target=write_until_killed, args=(folder, event, cut))
+def run_and_kill(folder: Path, event: int = -1, cut: int | None = None, has_signals: bool = False) -> int:
+    process = fork_context().Process(target=write_until_killed, args=(folder, event, cut, has_signals))
     process.start()
     process.join()
     return process.exitcode
@@ -80,21 +89,35 @@ def content(folder: Path) -> list[list[dict]]:
     return [pq.read_table(file).to_pylist() for file in sorted(folder.glob("*.parquet"))]
 
 
-def test_a_data_set_that_was_killed_at_any_write_resumes_to_the_same_rows(tmp_path):
-    write_all(tmp_path / "whole", resume=False)
+def signals_in(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(folder.glob(".completions/*.safetensors"))]
+
+
+@pytest.mark.parametrize("has_signals", [False, True], ids=["", "signals"])
+def test_a_data_set_that_was_killed_at_any_write_resumes_to_the_same_rows(has_signals, tmp_path):
+    write_all(tmp_path / "whole", False, has_signals)
     expected = {name: content(tmp_path / "whole" / name) for name in ("data", ".completions")}
     kills, exits = 0, [-signal.SIGKILL]
     while exits[-1] == -signal.SIGKILL:
         folder = tmp_path / f"event {kills}"
-        exits = [run_and_kill(folder, event=kills)]
+        exits = [run_and_kill(folder, event=kills, has_signals=has_signals)]
         if folder.is_dir() and (folder / "data").is_dir():
             assert content(folder / "data") == expected["data"]  # never a part of the rows
-        write_all(folder, resume=True)
+        write_all(folder, True, has_signals)
         assert {name: content(folder / name) for name in expected} == expected
+        assert signals_in(folder) == signals_in(tmp_path / "whole")
         assert not [*folder.rglob("*.half"), *folder.glob(".data*")]
         kills += 1
     assert exits == [0]
     assert kills > 20
+    assert len(signals_in(tmp_path / "whole")) == 3 * has_signals
+
+
+def test_a_part_without_its_distributions_is_missing(tmp_path):
+    write_all(tmp_path, False, has_signals=True)
+    (tmp_path / ".completions" / "part-000001.safetensors").unlink()
+    store = CompletionStore(tmp_path, IDENTITY, parts_of(), has_signals=True)
+    assert [part.number for part in store.open(resume=True)] == [1]
 
 
 @pytest.mark.parametrize("cut", range(4))  # three parts, and the data set

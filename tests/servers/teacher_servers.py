@@ -190,8 +190,13 @@ class CompletionServer(TeacherServer):
             if is_chat
             else body["prompt"]
         )
-        ids = self.tokenizer(prompt)["input_ids"]
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
         self.check_ids(ids, body["max_tokens"])
+        if not is_chat and (body.get("logprobs") or 0) > self.max_top_k:
+            raise Refused(
+                400,
+                f"Requested sample logprobs of {body['logprobs']}, which is greater than max allowed: {self.max_top_k}",
+            )
         new, values, reason = self._sample(ids, body)
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         for stop in body.get("stop", ()):
@@ -207,8 +212,19 @@ class CompletionServer(TeacherServer):
             choice["text"] = text
             if body.get("logprobs") is not None and self.has_log_probs:
                 choice["logprobs"] = {"token_logprobs": values}
+                if body.get("return_tokens_as_token_ids"):
+                    choice["logprobs"] |= self._token_entries(ids, new, body["logprobs"])
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(new)}
         return {"id": "1", "model": self.name, "choices": [choice], "usage": usage}
+
+    def _token_entries(self, ids, new, k):
+        """Tokens by their ids, and the k most probable ones of each position with the generated one."""
+        log_probs = self.log_probs(ids + new)[len(ids) - 1 : -1]
+        entries = []
+        for row, token in zip(log_probs, new, strict=True):
+            kept = dict.fromkeys([token, *row.topk(k).indices.tolist()])
+            entries.append({f"token_id:{i}": float(row[i]) for i in kept})
+        return {"tokens": [f"token_id:{i}" for i in new], "top_logprobs": entries}
 
     def _sample(self, ids, body):
         generator = torch.Generator().manual_seed(body["seed"])
@@ -225,6 +241,15 @@ class CompletionServer(TeacherServer):
             if new[-1] == self.tokenizer.eos_token_id or any(stop in text for stop in body.get("stop", ())):
                 reason = "stop"
         return new, values, reason
+
+
+class VLLMCompletionServer(CompletionServer, VLLMServer):
+    """`/v1/completions` of vLLM, with prompt log-probabilities or with completions."""
+
+    def answer(self, path, body):
+        if path == "/v1/completions" and "prompt_logprobs" in body:
+            return VLLMServer.answer(self, path, body)
+        return CompletionServer.answer(self, path, body)
 
 
 class SGLangServer(TeacherServer):

@@ -59,3 +59,9 @@ def generate(
         out.print(f"{data.folder}: {counts}", soft_wrap=True, highlight=False)
     train = f"hf-distill run {recipe} data.task.path={output}" if output else f"hf-distill run {recipe}"
     out.print(f"Train on {'the' if written else 'the complete'} data: {train}", soft_wrap=True, highlight=False)
+    for data in written:
+        if data.cache is not None:
+            teacher = f"teacher='{{kind: cached, path: {data.cache}}}'"
+            out.print(
+                f"{data.cache}: the teacher cache. With soft labels: {train} {teacher}", soft_wrap=True, highlight=False
+            )

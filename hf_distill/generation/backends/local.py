@@ -1,7 +1,9 @@
 """`TransformersBackend`: generates with a transformers model in this process."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,10 +17,14 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from ...core.json_types import JSONObject
 from ...errors import DistillError, RunError
+from ...teachers.remote.api import RowTensors
 from ..completion import Completion, FinishReason, Part, Request, SamplingSettings, cut_at_stop
+from ..token_signals import Capture, TokenSignals
+from .recorder import OneStepAfterEnd, PaddedRecorder, RequestWithOneMoreStep, SignalRecorder, record_requests
 from .row_dropping import generate_and_drop_rows
 
 _CPU_PAGE_TOKENS = 32
@@ -27,11 +33,12 @@ _RESULT_SECONDS = 1.0  # for which a result is waited for before the generation 
 
 @dataclass(frozen=True)
 class _Generated:
-    """Token ids of a completion, their log-probabilities, and whether a stop text ended it."""
+    """Token ids of a completion, their log-probabilities, whether a stop text ended it, and recorded distributions."""
 
     ids: list[int]
     log_probs: list[float]
     is_stopped: bool = False
+    values: RowTensors | None = None
 
 
 class TransformersBackend:
@@ -48,6 +55,8 @@ class TransformersBackend:
         batching: "continuous" or "padded".
         batch_size: largest number of requests that are generated at the same time.
         model_identity: what names the model.
+        capture: what is recorded of the distributions; None: nothing. A completion is then generated with one more
+            step, after which the distribution that follows its last token is known.
     """
 
     name = "transformers"
@@ -61,7 +70,9 @@ class TransformersBackend:
         batching: str,
         batch_size: int,
         model_identity: JSONObject,
+        capture: Capture | None = None,
     ):
+        self.capture = capture
         self.model, self.tokenizer, self.encode, self.settings = model.eval(), tokenizer, encode, settings
         self.batching, self.batch_size, self.model_identity = batching, batch_size, model_identity
         self.eos_ids = _end_ids(model, tokenizer)
@@ -80,14 +91,22 @@ class TransformersBackend:
         generate = self._continuous if self.batching == "continuous" else self._padded
         for part in parts:
             prompts = [self.encode(request) for request in part.requests]
-            completions = [
-                self._completion(part.requests[index], generated)
-                for index, generated in generate(prompts, part.seed, on_tokens)
-            ]
+            recorder = None
+            if self.capture is not None:
+                recorder = SignalRecorder(self.model, self.capture, prompts, self._max_steps)
+            with nullcontext() if recorder is None else recorder.watch_head():
+                completions = [
+                    self._completion(part.requests[index], prompts[index], generated)
+                    for index, generated in generate(prompts, part.seed, on_tokens, recorder)
+                ]
             yield part, completions
 
     def close(self) -> None:
         """Do nothing: the model belongs to the caller."""
+
+    @property
+    def _max_steps(self) -> int:
+        return self.settings.max_new_tokens + (self.capture is not None)
 
     def _generation_config(self) -> GenerationConfig:
         """Return the settings of `generate`; of the model's own generation config only the end-of-text ids apply."""
@@ -97,18 +116,22 @@ class TransformersBackend:
             sampling |= {"top_k": 0}
         pad = self.tokenizer.pad_token_id
         return GenerationConfig(
-            max_new_tokens=self.settings.max_new_tokens,
-            eos_token_id=sorted(self.eos_ids) or None,
+            max_new_tokens=self._max_steps,
+            eos_token_id=None if self.capture is not None else sorted(self.eos_ids) or None,
             pad_token_id=pad if pad is not None else next(iter(self.eos_ids), 0),
             **sampling,
         )
 
     def _continuous(
-        self, prompts: Sequence[list[int]], seed: int, on_tokens: Callable[[int], None]
+        self,
+        prompts: Sequence[list[int]],
+        seed: int,
+        on_tokens: Callable[[int], None],
+        recorder: SignalRecorder | None,
     ) -> Iterator[tuple[int, _Generated]]:
         """Yield (index of the prompt, completion) as they are finished."""
         config = self._generation_config()
-        if not self.eos_ids:
+        if config.eos_token_id is None:
             config.eos_token_id = -1  # none, in the way that continuous batching expects
         with torch.inference_mode():
             try:
@@ -116,10 +139,7 @@ class TransformersBackend:
             except (AttributeError, NotImplementedError, ValueError) as error:
                 raise self._no_continuous_batching(error) from error
             is_streaming = bool(self.settings.stop)
-            names = {
-                manager.add_request(ids, max_new_tokens=self.settings.max_new_tokens, streaming=is_streaming): index
-                for index, ids in enumerate(prompts)
-            }
+            names = self._add_requests(manager, prompts, recorder)
             counted = dict.fromkeys(names.values(), 0)
             if self.model.device.type == "cuda":
                 manager.warmup()
@@ -135,7 +155,8 @@ class TransformersBackend:
                         continue  # it continued for some steps after its stop text
                     if result.error is not None:
                         raise self._no_continuous_batching(result.error)
-                    index, ids = names[result.request_id], result.generated_tokens
+                    index = names[result.request_id]
+                    ids = self._until_end(result.generated_tokens)
                     on_tokens(len(ids) - counted[index])
                     counted[index] = len(ids)
                     is_stopped = is_streaming and self._has_stop(ids)
@@ -143,10 +164,38 @@ class TransformersBackend:
                         del names[result.request_id]
                         if not result.is_finished():
                             manager.cancel_request(result.request_id)
-                        yield index, _Generated(list(ids), list(result.logprobs), is_stopped)
+                        values = None
+                        if recorder is not None:
+                            values = recorder.values(index, min(len(result.generated_tokens), len(ids) + 1))
+                        yield index, _Generated(ids, list(result.logprobs[: len(ids)]), is_stopped, values)
             finally:
                 manager.stop(block=True, hard_stop=bool(names))
                 manager.destroy()
+
+    def _add_requests(
+        self,
+        manager: ContinuousBatchingManager,
+        prompts: Sequence[list[int]],
+        recorder: SignalRecorder | None,
+    ) -> dict[str, int]:
+        """Add all requests, and return the index of the prompt of each name."""
+        is_streaming = bool(self.settings.stop)
+        if recorder is None:
+            add = partial(manager.add_request, max_new_tokens=self._max_steps, streaming=is_streaming)
+            return {str(add(ids)): index for index, ids in enumerate(prompts)}
+        names = {f"prompt {index}": index for index in range(len(prompts))}
+        record_requests(manager, recorder, names)
+        end_ids = frozenset(self.eos_ids)
+        for name, index in names.items():
+            request = RequestWithOneMoreStep(
+                request_id=name,
+                initial_tokens=[*prompts[index]],
+                streaming=is_streaming,
+                max_new_tokens=self._max_steps,
+                end_ids=end_ids,
+            )
+            manager.input_queue.put(request)
+        return names
 
     def _batching_config(self, prompts: Sequence[list[int]], seed: int) -> ContinuousBatchingConfig:
         """Return the settings of continuous batching; on a GPU the cache has the size of the free memory."""
@@ -156,7 +205,7 @@ class TransformersBackend:
         if self.model.device.type != "cpu":
             return config
         longest = max(map(len, prompts))
-        pages = -(-(longest + self.settings.max_new_tokens) // _CPU_PAGE_TOKENS) + 1
+        pages = -(-(longest + self._max_steps) // _CPU_PAGE_TOKENS) + 1
         config.page_size, config.num_blocks = _CPU_PAGE_TOKENS, min(self.batch_size, len(prompts)) * pages
         config.max_batch_tokens = max(longest, self.batch_size, 2 * _CPU_PAGE_TOKENS)
         return config
@@ -168,19 +217,26 @@ class TransformersBackend:
         )
 
     def _padded(
-        self, prompts: Sequence[list[int]], seed: int, on_tokens: Callable[[int], None]
+        self,
+        prompts: Sequence[list[int]],
+        seed: int,
+        on_tokens: Callable[[int], None],
+        recorder: SignalRecorder | None,
     ) -> Iterator[tuple[int, _Generated]]:
         """Yield (index of the prompt, completion), in batches of prompts of similar length."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         torch.manual_seed(seed)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            for index, generated in zip(batch, self._padded_batch([prompts[i] for i in batch]), strict=True):
+            generated_batch = self._padded_batch([prompts[i] for i in batch], batch, recorder)
+            for index, generated in zip(batch, generated_batch, strict=True):
                 on_tokens(len(generated.ids))
                 yield index, generated
 
     @torch.inference_mode()
-    def _padded_batch(self, prompts: Sequence[list[int]]) -> list[_Generated]:
+    def _padded_batch(
+        self, prompts: Sequence[list[int]], indices: Sequence[int], recorder: SignalRecorder | None
+    ) -> list[_Generated]:
         config = self._generation_config()
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), int(config.pad_token_id), device=self.model.device)
@@ -188,30 +244,44 @@ class TransformersBackend:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt, device=ids.device)
             mask[row, width - len(prompt) :] = 1
-        recorder, criteria = _LogProbRecorder(width), StoppingCriteriaList()
+        of_tokens, criteria = _LogProbRecorder(width), StoppingCriteriaList()
+        processors = LogitsProcessorList([of_tokens] if self.settings.log_probs else [])
         if self.settings.stop:
             criteria.append(StopStringCriteria(self.tokenizer, list(self.settings.stop)))
+        of_steps = None if recorder is None else PaddedRecorder(recorder, indices, width)
+        if of_steps is not None:
+            criteria.append(OneStepAfterEnd([*self.eos_ids], width))
+            processors.append(of_steps)
         out = self.model.generate(
             ids,
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([recorder] if self.settings.log_probs else []),
+            logits_processor=processors,
             stopping_criteria=criteria,
             custom_generate=generate_and_drop_rows,
         )
-        new, log_probs = out[:, width:].tolist(), recorder.of(out)
-        return [self._until_end(*row) for row in zip(new, log_probs or [[]] * len(new), strict=True)]
+        new, log_probs = out[:, width:].tolist(), of_tokens.of(out)
+        rows = [self._until_stop(*row) for row in zip(new, log_probs or [[]] * len(new), strict=True)]
+        if recorder is None or of_steps is None:
+            return rows
+        counts = [min(count, len(row.ids) + 1) for count, row in zip(of_steps.counts.tolist(), rows, strict=True)]
+        values = [recorder.values(*pair) for pair in zip(indices, counts, strict=True)]
+        return [replace(row, values=each) for row, each in zip(rows, values, strict=True)]
 
-    def _until_end(self, ids: list[int], log_probs: list[float]) -> _Generated:
-        """Return a row of a padded batch without what follows its end-of-text token or its stop text."""
+    def _until_end(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a completion without what follows its end-of-text token or `max_new_tokens`."""
         end = next((i + 1 for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        ids = ids[:end]
+        return list(ids[: min(end, self.settings.max_new_tokens)])
+
+    def _until_stop(self, ids: list[int], log_probs: list[float]) -> _Generated:
+        """Return a row of a padded batch without what follows its end-of-text token or its stop text."""
+        ids = self._until_end(ids)
         if self.settings.stop and self._has_stop(ids):
             low = 1  # the fewest tokens with a stop text
             while not self._has_stop(ids[:low]):
                 low += 1
             return _Generated(ids[:low], log_probs[:low], True)
-        return _Generated(ids, log_probs[:end])
+        return _Generated(ids, log_probs[: len(ids)])
 
     def _has_stop(self, ids: list[int]) -> bool:
         return cut_at_stop(self._decode(ids), self.settings.stop) is not None
@@ -219,7 +289,7 @@ class TransformersBackend:
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _completion(self, request: Request, generated: _Generated) -> Completion:
+    def _completion(self, request: Request, prompt: Sequence[int], generated: _Generated) -> Completion:
         text = self._decode(generated.ids)
         cut = cut_at_stop(text, self.settings.stop) if self.settings.stop else None
         is_ended = generated.is_stopped or cut is not None or bool({*generated.ids[-1:]} & self.eos_ids)
@@ -235,6 +305,7 @@ class TransformersBackend:
             reason,
             len(generated.ids),
             mean,
+            None if generated.values is None else TokenSignals(prompt, generated.ids, generated.values),
         )
 
 

@@ -14,9 +14,10 @@ from ...teachers.remote.identity import START_RETRY_SECONDS
 from ...teachers.remote.pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
 from ..completion import Completion, FinishReason, Part, Request, SamplingSettings
 from ..reasoning import join_reasoning
+from .server_capture import TEXT_PATH, ServerCapture
 
 logger = logging.get_logger(__name__)
-CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+CHAT_PATH = "/v1/chat/completions"
 _REASONING_FIELDS = ("reasoning_content", "reasoning")  # of servers that separate the reasoning from the answer
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -49,6 +50,7 @@ class ServerBackend:
         self.pool, self.settings, self.tags = pool, settings, tags
         self.template_variables = template_variables or {}
         self.model = model or self._only_model()
+        self.capture: ServerCapture | None = None  # if set, the distributions of completions are recorded
 
     def identity(self) -> JSONObject:
         """Return the id of the served model."""
@@ -109,8 +111,8 @@ class ServerBackend:
         return next(iter(served.values()))[0]
 
     def _complete(self, request: Request, on_tokens: Callable[[int], None]) -> Completion:
-        prompt, settings = request.prompt, self.settings
-        is_chat = not isinstance(prompt.content, str)
+        prompt, settings, capture = request.prompt, self.settings, self.capture
+        is_chat = not isinstance(prompt.content, str) and capture is None  # otherwise token ids are sent
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": settings.max_new_tokens,
@@ -119,7 +121,7 @@ class ServerBackend:
             "seed": request.seed,
         }
         body |= {"messages": prompt.content} if is_chat else {"prompt": prompt.content}
-        if prompt.tools:
+        if prompt.tools and capture is None:
             body["tools"] = prompt.tools
         if is_chat and self.template_variables:
             body["chat_template_kwargs"] = dict(self.template_variables)
@@ -127,6 +129,8 @@ class ServerBackend:
             body["stop"] = list(settings.stop)
         if settings.log_probs:
             body["logprobs"] = True if is_chat else 0
+        if capture is not None:
+            body |= capture.body(capture.encode(request))
         try:
             completion = self.pool.request(
                 CHAT_PATH if is_chat else TEXT_PATH, body, lambda answer: self._parse(answer, request, is_chat)
@@ -145,6 +149,8 @@ class ServerBackend:
             return (
                 f"{where}: {error}. Lower generate.max_new_tokens, or start the server with a longer --max-model-len."
             )
+        if "logprob" in error.message.lower() and self.capture is not None:
+            return f"{where}: {self.capture.explain(error)}"
         if "logprob" in error.message.lower():
             return f"{where}: {error}. Set generate.log_probs to false, if the server returns no log-probabilities."
         return f"{where}: {error}."
@@ -162,7 +168,10 @@ class ServerBackend:
         if reason not in _FINISH_REASONS:
             raise MalformedAnswer(f"finish_reason is {reason!r}, and not one of {', '.join(_FINISH_REASONS)}")
         log_prob = self._mean_log_prob(choice, is_chat) if self.settings.log_probs else None
-        return Completion(request.prompt.index, request.sample, text, _FINISH_REASONS[reason], tokens, log_prob)
+        signals = None if self.capture is None else self.capture.signals(choice, request, tokens)
+        return Completion(
+            request.prompt.index, request.sample, text, _FINISH_REASONS[reason], tokens, log_prob, signals
+        )
 
     def _text(self, message: dict[str, Any]) -> Any:
         """Return the text of an answer, with the reasoning between tags if the server returns it apart."""
