@@ -201,7 +201,7 @@ def _sizes_of(kept: KeptUnits, structure: WidthStructure, is_kept: Callable[[str
             flat = [part for one in lists for part in (one if one and isinstance(one[0], list) else [one])]
             counts = {len(part) for part in flat}
             limit = structure.sizes.get(size, 0)
-            is_valid = all(part == sorted(set(part)) and part and part[0] >= 0 and part[-1] < limit for part in flat)
+            is_valid = all(_are_units(part, kind, limit, structure) for part in flat)
             if expected - set(units) or set(units) - set(groups) or len(counts) != 1 or not is_valid:
                 raise DistillError(
                     f"The kept {kind} are not units of this teacher: it has {limit} in each of {len(expected)} modules "
@@ -210,6 +210,15 @@ def _sizes_of(kept: KeptUnits, structure: WidthStructure, is_kept: Callable[[str
                 )
             (sizes[size],) = counts
     return sizes
+
+
+def _are_units(indices: list[int], kind: Kind, limit: int, structure: WidthStructure) -> bool:
+    """Whether indices are ascending and those of units; heads must be whole groups."""
+    if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= limit:
+        return False
+    if kind != "heads":
+        return True
+    return len({head // structure.heads_per_group for head in indices}) * structure.heads_per_group == len(indices)
 
 
 def _narrow_config(config: PretrainedConfig, structure: WidthStructure, sizes: Mapping[str, int]) -> PretrainedConfig:
@@ -234,7 +243,7 @@ def _narrow_config(config: PretrainedConfig, structure: WidthStructure, sizes: M
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise DistillError(
             f"{type(config).__name__} does not allow these sizes ({given}), so that the student could not be loaded: "
-            f"{error}"
+            f"{str(error).splitlines()[-1].strip()}"
         ) from error
     return config
 

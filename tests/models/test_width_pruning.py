@@ -1,16 +1,18 @@
 """Students with fewer hidden channels, neurons, heads and experts than their teacher, in each family of models."""
 
 import copy
+import json
 from functools import cache
 
 import pytest
 import torch
-from tiny import VOCAB, collate, rows
+from tiny import VOCAB, build, collate, rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
+from hf_distill import DistillError, block_influence, cut_student
 from hf_distill.models.importance import measure_importance
 from hf_distill.models.pruned_shape import KeptUnits, PrunedShape
-from hf_distill.models.width_pruning import prune_student, pruned_config
+from hf_distill.models.width_pruning import keep_units, prune_student, pruned_config
 
 # A dimension that has the hidden size belongs to the hidden channels, except those of the heads, which are 4 * 12 too.
 HEAD_DIMENSIONS = (("q_proj.weight", 0), ("q_proj.bias", 0), ("o_proj.weight", 1), ("dense.weight", 1))
@@ -198,3 +200,122 @@ def route(router, logits_of_router):
         return logits, weights, index
 
     return forward
+
+
+def test_depth_and_width_together_are_a_cut_student_that_is_narrowed():
+    teacher, importance = teacher_of("llama"), importance_of("llama")
+    shape = PrunedShape(layers=(2, 0), hidden_size=32, intermediate_size=16, num_attention_heads=2)
+    student, kept = (pruned := prune_student(teacher, shape, importance)).model, pruned.kept
+    assert kept.layers == [0, 2]
+    assert set(kept.neurons) == {"model.layers.0.mlp", "model.layers.2.mlp"}
+    assert importance.block_influence == pytest.approx(block_influence(teacher, [batch()]))
+    names = {"model.layers.2.mlp": "model.layers.1.mlp", "model.layers.2.self_attn": "model.layers.1.self_attn"}
+    renumbered = KeptUnits(
+        channels=kept.channels,
+        neurons={names.get(name, name): units for name, units in kept.neurons.items()},
+        heads={names.get(name, name): units for name, units in kept.heads.items()},
+    )
+    twice = keep_units(cut_student(teacher, [0, 2]), renumbered)
+    assert torch.equal(logits_of(twice), logits_of(student))
+    assert twice.config.to_dict() == student.config.to_dict()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_the_student_is_made_again_from_its_kept_units_and_generates(family):
+    teacher = copy.deepcopy(teacher_of(family)).to(torch.bfloat16)
+    teacher.generation_config.max_new_tokens = 5
+    sizes = {"num_experts": 4} if family in MOE else {}
+    shape = shape_of(family, layers=(0, 2), hidden_size=32, intermediate_size=16, num_attention_heads=2, **sizes)
+    student, kept = (p := prune_student(teacher, shape, measure_importance(teacher, [batch()]))).model, p.kept
+    assert {value.dtype for value in student.state_dict().values()} == {torch.bfloat16}
+    values = json.loads(json.dumps(kept.to_json()))
+    again = keep_units(teacher, KeptUnits.from_json(values))
+    assert torch.equal(logits_of(again), logits_of(student))
+    ids = batch()["input_ids"][:1, :4]
+    assert student.generation_config.max_new_tokens == 5
+    assert student.generation_config is not teacher.generation_config
+    cached = student.float().generate(ids, do_sample=False, use_cache=True)
+    assert torch.equal(cached, student.generate(ids, do_sample=False, use_cache=False))
+
+
+def test_the_most_important_units_are_kept():
+    importance = copy.deepcopy(importance_of("qwen2"))
+    for (kind, _), values in importance.values.items():
+        values.copy_(torch.arange(len(values)) % 7)
+        if kind == "heads":
+            values.copy_(torch.tensor([9.0, 0.0, 4.0, 4.0]))
+    shape = PrunedShape(hidden_size=8, intermediate_size=16, num_attention_heads=2)
+    kept = prune_student(teacher_of("qwen2"), shape, importance).kept
+    assert kept.channels == [5, 6, 12, 13, 20, 27, 34, 41]
+    assert kept.neurons["model.layers.1.mlp"] == sorted(i for i in range(56) if i % 7 > 4)
+    assert kept.heads["model.layers.1.self_attn"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "message"),
+    [
+        ("llama", {"hidden_size": 64}, "hidden_size is 64: give a number from 1 to 48"),
+        ("llama", {"intermediate_size": 0}, "intermediate_size is 0: give a number from 1 to 56"),
+        ("llama", {"num_attention_heads": 3}, "heads are in groups of 2 .* Give a multiple of 2, up to 4"),
+        ("llama", {"hidden_size": 30}, r"LlamaConfig does not allow these sizes \(hidden_size=30\).*multiple of"),
+        (
+            "llama",
+            {"num_experts": 2},
+            "num_experts of LlamaForCausalLM cannot be pruned: its config has no `num_experts`",
+        ),
+        ("llama", {"layers": (5,)}, r"layers is \[5\]"),
+        ("mixtral", {"num_experts": 1}, "each token needs 2 experts: give 2 to 6"),
+        ("mixtral", {"intermediate_size": 6}, "multiples of 16 bytes. Give a multiple of 4"),
+        (
+            "qwen3_moe",
+            {"intermediate_size": 8},
+            "none of its weights changes with `intermediate_size`.*moe_intermediate",
+        ),
+    ],
+)
+def test_sizes_that_are_not_possible_are_refused(family, shape, message):
+    for call in (
+        lambda: prune_student(teacher_of(family), PrunedShape(**shape), importance_of(family)),
+        lambda: pruned_config(teacher_of(family), PrunedShape(**shape)),
+    ):
+        with pytest.raises(DistillError, match=message):
+            call()
+
+
+def test_models_without_the_structure_are_refused_with_what_was_found():
+    """GPT-2's heads have no size of their own; the heads of OLMo 2 share a norm."""
+    teacher = build("gpt2")
+    importance = measure_importance(teacher, [batch()])
+    with pytest.raises(DistillError, match=r"dimension 1 of transformer.h.0.attn.c_attn.weight is 96 .* can be: none"):
+        prune_student(teacher, PrunedShape(hidden_size=16), importance)
+    small = AutoModelForCausalLM.from_config(CONFIG_MAPPING["olmo2"](**SIZES, **IDS))
+    importance = measure_importance(small, [batch()])
+    with pytest.raises(DistillError, match="they share a norm"):
+        prune_student(small, PrunedShape(num_attention_heads=2), importance)
+    assert (
+        prune_student(small, PrunedShape(intermediate_size=8, hidden_size=32), importance).model.config.head_dim == 12
+    )
+    with pytest.raises(DistillError, match="measured on another model"):
+        prune_student(teacher_of("llama"), PrunedShape(intermediate_size=8), importance)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        KeptUnits(channels=[0, 48]),
+        KeptUnits(channels=[1, 0]),
+        KeptUnits(channels=[]),
+        KeptUnits(neurons={"model.layers.0.mlp": [0, 1]}),
+        KeptUnits(heads={f"model.layers.{i}.self_attn": [0, 1][: 2 - i % 2] for i in range(3)}),
+        KeptUnits(heads={f"model.layers.{i}.self_attn": [0, 2] for i in range(3)}),
+        KeptUnits(experts={"model.layers.0.mlp": [0]}),
+    ],
+)
+def test_units_of_another_model_are_refused(kept):
+    with pytest.raises(DistillError, match="are not units of this teacher"):
+        keep_units(teacher_of("llama"), kept)
+
+
+def test_values_that_are_no_kept_units_are_refused():
+    with pytest.raises(DistillError, match="Kept units have no blocks; they have layers, channels"):
+        KeptUnits.from_json({"blocks": [0]})
