@@ -12,6 +12,7 @@ from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError
 from .from_teacher import FromTeacher
+from .quantize import Quantize
 
 _MODEL = "Model id on the Hub, local path, or package:module/file.gguf."
 _REVISION = "Commit, tag or branch of a model id. Default (null): the main branch."
@@ -67,6 +68,11 @@ class Student(StrictModel):
         description="Prune the student from the teacher; from `model` if the teacher is derived from the student "
         "(kinds ema, snapshot, multi_view and mtp).",
     )
+    quantize: Quantize | None = Field(
+        None,
+        description="Quantization-aware distillation: train the student with the rounding that it is served with, and "
+        "export it quantized. A string is short for {scheme: ...}. Default (null): off.",
+    )
     freeze_encoder: bool = Field(
         False,
         description="For a model with an encoder and a decoder: train the decoder only, as distil-whisper does "
@@ -79,7 +85,17 @@ class Student(StrictModel):
             raise ValueError("a quantized student cannot be trained: add lora (QLoRA), or remove quantization")
         if self.quantization and self.from_teacher:
             raise ValueError("a student that is pruned from its teacher is unquantized: remove quantization")
+        if self.quantize and self.lora:
+            raise ValueError(
+                "quantize rounds the weights that are trained, and lora adds its adapters to them unrounded: remove one "
+                "of them"
+            )
         return self
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _expand_scheme(cls, value: object) -> object:
+        return {"scheme": value} if isinstance(value, str) else value
 
 
 _PLACEMENTS = ("quantization", "deepspeed", "fsdp", "device_map")
