@@ -6,8 +6,10 @@ from transformers import AutoModelForCausalLM
 from ..core import run_files
 from ..errors import DistillError
 from ..models.pruned_shape import KeptUnits
+from ..models.quantized_training import prepare_quantized_student
 from ..runner.model_loading import load_pretrained
 from ..runner.pruning import Pruner, prune_to
+from ..runner.quantized_student import scheme_of
 from ..runner.run_results import Run
 
 
@@ -25,7 +27,7 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
     if spec.from_teacher is None or donor is None:
         donor = load_pretrained(AutoModelForCausalLM, str(spec.model), revision=spec.revision, dtype=spec.dtype)
     if spec.from_teacher is None:
-        return donor.requires_grad_(False).eval()
+        return _as_served(donor, run)
     pruner = Pruner(spec.from_teacher)
     pruner.load(run.folder)
     layers = run.results.get("student", {}).get("layers_kept")
@@ -35,4 +37,11 @@ def student_before(run: Run, teacher: nn.Module | None) -> nn.Module:
             "`hf-distill run RECIPE --resume` completes the run and writes it; the stages of a chain have one each."
         )
     student: nn.Module = prune_to(donor, pruner.kept or KeptUnits(layers=layers))
-    return student.to(next(donor.parameters()).dtype).requires_grad_(False).eval()
+    return _as_served(student.to(next(donor.parameters()).dtype), run)
+
+
+def _as_served(student: nn.Module, run: Run) -> nn.Module:
+    """Return the student for evaluation, with quantized weights if the run trained it with them."""
+    if scheme := scheme_of(run.recipe):
+        prepare_quantized_student(student, scheme)
+    return student.requires_grad_(False).eval()

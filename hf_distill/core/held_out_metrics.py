@@ -27,6 +27,7 @@ CONTROL_TITLES = {  # value of `control` in a recipe -> what the control is
     "sft": "control (hard labels only)",
     "sft_on_data": "control (hard labels of the data's completions)",
     "direct": "control (distilled directly)",
+    "full_precision": "same student in full precision",
 }
 DEFAULT_TARGET = "token"  # noun for a target of language models
 HELD_OUT_METRICS = (

@@ -11,6 +11,7 @@ class ModelFacts(TypedDict, total=False):
     layers_kept: indices of the teacher's layers; with decoder_layers_kept and encoder_layers_kept of an encoder and a
                  decoder
     widths:      sizes of its width that were pruned, by their names in the config
+    quantization: of a student that is served quantized
     """
 
     parameters: int
@@ -20,6 +21,7 @@ class ModelFacts(TypedDict, total=False):
     encoder_layers_kept: list[int]
     widths: dict[str, int]
     block_influence: list[float]
+    quantization: str
 
 
 class DataFacts(TypedDict, total=False):

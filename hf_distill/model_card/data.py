@@ -163,7 +163,10 @@ class CardData:
 
 
 def unmeasured(
-    held_out: Mapping[str, Metrics], retention: Sequence[TaskFacts], diagnosis: Mapping[str, str] | None
+    held_out: Mapping[str, Metrics],
+    retention: Sequence[TaskFacts],
+    diagnosis: Mapping[str, str] | None,
+    quantized: bool = False,
 ) -> list[str]:
     """Return what was not measured, each with the command or option that measures it.
 
@@ -171,6 +174,7 @@ def unmeasured(
         held_out: model -> metrics on the held-out rows.
         retention: tasks, from `hf-distill retention`.
         diagnosis: verdicts from `hf-distill diagnose`; None: no diagnosis was made.
+        quantized: whether the student is quantized.
     """
     lines = []
     if "student" not in held_out:
@@ -178,6 +182,10 @@ def unmeasured(
     if "control" not in held_out:
         lines.append(
             "Benefit of the teacher: no control was trained on the hard labels only (`control: sft` trains one)."
+        )
+    if quantized and "full_precision" not in held_out:
+        lines.append(
+            "Effect of the quantization: no student was trained in full precision (`control: full_precision` does)."
         )
     if not retention:
         lines.append("Scores on evaluation tasks (`hf-distill retention RUN` measures them).")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..core.escape import markdown
 from ..core.held_out_metrics import formatted, has_any, metrics_of_teacher, shown_metrics, target_words
+from ..core.quantized_titles import with_quantization
 from ..core.results import Metrics
 from .data import ScoreFacts, TaskFacts
 
@@ -25,28 +26,30 @@ class Table:
     table: str = ""
 
 
-def held_out_table(models: Mapping[str, Metrics], target: str) -> Table:
+def held_out_table(models: Mapping[str, Metrics], target: str, quantized: bool = False) -> Table:
     """Return the metrics of models on the held-out rows, the teacher first; only losses if there are no others.
 
     Args:
         models: name -> metrics.
         target: noun for a target.
+        quantized: whether the student is quantized.
     """
+    titles = with_quantization(MODEL_TITLES, quantized)
     shown = shown_metrics(models.values(), target)
     if not shown:
         losses = {name: m["loss"] for name, m in models.items() if "loss" in m}
-        rows = [[MODEL_TITLES.get(name, name), f"{loss:.4f}"] for name, loss in losses.items()]
+        rows = [[titles.get(name, name), f"{loss:.4f}"] for name, loss in losses.items()]
         if not losses:
             return Table()
         return Table("Loss on the held-out rows.", _markdown(["", "loss"], rows))
     rows, after = [], models.get("student", {})
     if teacher := metrics_of_teacher(after):
         rows.append(["teacher", *formatted(teacher, shown, percent=True)])
-    order = [name for name in models if name not in MODEL_TITLES] + [name for name in MODEL_TITLES if name in models]
+    order = [name for name in models if name not in titles] + [name for name in titles if name in models]
     for name in order:
         cells = formatted(models[name], shown, percent=True)
         if has_any(models[name], shown):
-            rows.append([MODEL_TITLES.get(name, name.replace("-", " ")), *cells])
+            rows.append([titles.get(name, name.replace("-", " ")), *cells])
     targets = f"{target_words(target)} of the held-out rows" if target != "row" else "held-out rows"
     text = f"Metrics over the {targets}, at temperature 1."
     return Table(text, _markdown(["", *(metric.title for metric in shown)], rows))

@@ -51,6 +51,9 @@ def summary_of(facts: CardData) -> str:
             compared.append(f"teacher: {after['teacher_perplexity']:.2f}")
         if "perplexity" in control:
             compared.append(f"same student trained on hard labels only: {control['perplexity']:.2f}")
+        if "full_precision" in models:
+            compared.append(f"same student in full precision: {models['full_precision']['perplexity']:.2f}")
+            compared.append(f"and quantized after training: {models['quantized_after']['perplexity']:.2f}")
         text += f" ({'; '.join(compared)})." if compared else "."
     return text
 
@@ -59,6 +62,11 @@ def training_lines(facts: CardData) -> list[str]:
     """Return lines on how the model was trained: teachers, student, objective, data, training, machine."""
     lines = [f"{markdown(name.capitalize())}: {_teacher(entry)}." for name, entry in facts.teachers.items()]
     lines.append(f"Student: {_origin(facts.student)}.")
+    if quantization := facts.student.get("quantization"):
+        lines.append(
+            f"Quantization: {markdown(quantization)}, of the linear layers in the blocks. The student was trained with "
+            "it (quantization-aware distillation) and is saved in it; loading it needs torchao."
+        )
     return [
         *lines,
         *_objective_lines(facts.objective, facts.target),

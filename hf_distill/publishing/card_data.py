@@ -73,7 +73,7 @@ def run_card_data(
         held_out=held_out,
         environment=results.get("environment", {}),
         license=decide_student_license(run.recipe, teachers, repo, license, base_model, lookup),
-        not_measured=[*_smoke_note(run.recipe), *unmeasured(held_out, retention, diagnosis)],
+        not_measured=[*_smoke_note(run.recipe), *unmeasured(held_out, retention, diagnosis, "quantization" in student)],
         retention=retention,
         diagnosis=diagnosis,
         recipe=_recipe(run),

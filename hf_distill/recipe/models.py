@@ -87,8 +87,8 @@ class Student(StrictModel):
             raise ValueError("a student that is pruned from its teacher is unquantized: remove quantization")
         if self.quantize and self.lora:
             raise ValueError(
-                "quantize rounds the weights that are trained, and lora adds its adapters to them unrounded: remove one "
-                "of them"
+                "quantize rounds the weights that are trained, and lora adds its adapters to them unrounded: remove "
+                "one of them"
             )
         return self
 

@@ -19,6 +19,7 @@ from .generation import Generation, generation_problems
 from .losses import Distill, LossSpec, packaged_schema
 from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
+from .quantize import quantize_problems
 from .ranges import RANGES, SHARES_OR_STEPS
 from .stages import Stage, stage_problems
 from .tasks import TEXT_GENERATION, task_problems
@@ -156,13 +157,14 @@ class Recipe(StrictModel):
         "for sources with generate: true. Default (null): the defaults of its keys.",
     )
     train: Train = Field(description="The training arguments.")
-    control: Literal["sft", "sft_on_data", "direct"] | None = Field(
+    control: Literal["sft", "sft_on_data", "direct", "full_precision"] | None = Field(
         None,
         description="Train a control for comparison. sft: the same student on the hard labels only. sft_on_data (needs "
         "a source with generate: true): the same student on the hard labels of the data's completions, of the same "
         "prompts and in the same number of steps. direct (needs "
         "stages): the last student distilled from the first teacher, in the total number of steps of all stages. "
-        "Default (null): no control.",
+        "full_precision (needs student.quantize): the same student distilled without quantization, evaluated in full "
+        "precision and quantized after training. Default (null): no control.",
     )
     export: Literal["adapter", "merged", "ema", "mtp"] = Field(
         "adapter",
@@ -250,7 +252,6 @@ class Recipe(StrictModel):
         if self.kinds == {"mtp"} and "alpha" not in self.distill.model_fields_set:
             self.distill.alpha = 0.0  # the default of this kind, which gives no soft labels
         checks = (
-            self._check_stages,
             self._check_generation,
             self._check_adapters,
             self._check_student_source,
@@ -258,11 +259,13 @@ class Recipe(StrictModel):
             self._check_on_policy,
             self._check_streaming,
             self._check_remote,
-            self._check_cross_tokenizer,
             self._check_origins,
-            self._check_task,
         )
-        problems = []
+        problems = [
+            line
+            for problems_of in (stage_problems, cross_tokenizer_problems, task_problems, quantize_problems)
+            for line in problems_of(self)
+        ]
         for check in (*checks, self._check_schedules):
             try:
                 check()
@@ -274,16 +277,8 @@ class Recipe(StrictModel):
             raise Problems(problems)
         return self
 
-    def _check_stages(self) -> None:
-        if problems := stage_problems(self):
-            raise Problems(problems)
-
     def _check_generation(self) -> None:
         if problems := generation_problems(self):
-            raise Problems(problems)
-
-    def _check_cross_tokenizer(self) -> None:
-        if problems := cross_tokenizer_problems(self):
             raise Problems(problems)
 
     def _check_origins(self) -> None:
@@ -304,10 +299,6 @@ class Recipe(StrictModel):
             problems.append("the sources have teachers of their own")
         if problems:
             raise ValueError(f"distill.by_origin: {'; '.join(problems)}: remove by_origin")
-
-    def _check_task(self) -> None:
-        if problems := task_problems(self):
-            raise Problems(problems)
 
     def _check_teachers(self) -> None:
         if (self.teacher is None) == (not self.teachers):

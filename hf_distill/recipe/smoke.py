@@ -24,6 +24,7 @@ _SMOKE_WIDTHS: JSONObject = {
     "num_attention_heads": 2,
     "num_experts": 2,
 }
+_GROUP_SIZE = 16  # of quantized weights; it divides the widths of the tiny models and of those pruned from them
 _OTHER_TOKENIZER = "other-tokenizer-teacher"  # role of a teacher with another tokenizer than the student
 # Merges of its tokenizer: frequent pairs of letters (the first character is the space of a byte-level tokenizer).
 _MERGES = (
@@ -154,6 +155,8 @@ def _shrink_student(student: JSONObject, depth: int = _TEACHER_DEPTH - 1, is_tea
     if isinstance(model := student.get("model"), str):
         role = "teacher" if cut or is_teacher else "student"
         student |= {"model": f"{SMOKE_PREFIX}{family_of(model)}/{role}", "revision": None}
+    if isinstance(quantize := student.get("quantize"), dict) and quantize["scheme"] != "nvfp4":
+        quantize["group_size"] = _GROUP_SIZE
 
 
 def _shrink_cut(cut: JSONObject, depth: int, layers: list[int]) -> JSONObject:

@@ -10,6 +10,7 @@ from ..analysis.verdicts import Verdict
 from ..core import run_files
 from ..core.files import file_entry
 from ..core.held_out_metrics import CONTROL_TITLES, formatted, has_any, metrics_of_teacher, shown_metrics
+from ..core.quantized_titles import with_quantization
 from ..core.results import Metrics
 from ..recipe.tasks import target_noun
 from ..runner.run_results import Run
@@ -83,7 +84,8 @@ def results(run: Run) -> Section:
     if teacher := metrics_of_teacher(models["student"]):
         rows.append(["teacher", *formatted(teacher, shown)])
     stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}
-    titles = stages | MODEL_TITLES | {"control": CONTROL_TITLES[run.recipe.control or "sft"]}
+    titles = MODEL_TITLES | {"control": CONTROL_TITLES[run.recipe.control or "sft"]}
+    titles = stages | with_quantization(titles, run.recipe.student.quantize is not None)
     for name, title in titles.items():
         if has_any(metrics := models.get(name, {}), shown):
             rows.append([title, *formatted(metrics, shown)])
@@ -93,7 +95,7 @@ def results(run: Run) -> Section:
 
 def training(run: Run) -> Section:
     """Plots of the logged metrics."""
-    logs = {name: run.logs(name) for name in ("student", "control") if run.logs(name)}
+    logs = {name: run.logs(name) for name in ("student", "control", "full_precision") if run.logs(name)}
     student = logs.get("student", [])
     figures = [
         (
@@ -143,6 +145,12 @@ def _summary(models: dict[str, Metrics], control_kind: str | None) -> str:
         comparison = "better" if gain > 0 else "worse"
         trained = _TRAINED[control_kind or "sft"]
         text += f", which is {abs(gain):.1%} {comparison} than that of the same student {trained}"
+    if "full_precision" in models:
+        full, after_training = models["full_precision"]["perplexity"], models["quantized_after"]["perplexity"]
+        text += (
+            f". That of the same student in full precision is {full:.2f}: quantization while distilling changes it by "
+            f"{after['perplexity'] / full - 1:+.1%}, quantization after training by {after_training / full - 1:+.1%}"
+        )
     return text + "."
 
 

@@ -16,6 +16,7 @@ from ..data import Examples, OtherTokenizer
 from ..errors import DistillError, raise_if_any, require_package
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
+from ..models.quantized_training import prepare_quantized_student
 from ..recipe.models import FIELDS, REMOTE_OPTIONS
 from ..recipe.schema import Recipe, Student, TeacherSpec
 from ..teachers import (
@@ -44,6 +45,7 @@ from ..teachers.loading import (
 from ..trainer.config import DistillConfig
 from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_options
 from .pruning import Pruner
+from .quantized_student import launch_problems
 from .tasks import Task
 
 logger = logging.get_logger(__name__)
@@ -171,14 +173,17 @@ class ModelFactory:
                 **self._task.model_options(),
             )
 
-    def student(self, rows: Examples) -> nn.Module:
+    def student(self, rows: Examples, quantize: bool = True) -> nn.Module:
         """Build a student that is ready to train.
 
         Args:
             rows: Training rows, which measure what a pruned student keeps of its teacher.
+            quantize: Whether a student with `quantize` computes with quantized weights.
         """
         spec = self._student
         model = self._task.adapt_student(self._base_student(rows, spec.quantization))
+        if spec.quantize and quantize:
+            return prepare_quantized_student(model, spec.quantize.resolved)
         if spec.lora is None:
             return model
         require_package("peft", "peft", "A student with lora")
@@ -302,7 +307,7 @@ def check_launch(recipe: Recipe) -> None:
     Raises:
         DistillError: They cannot. The message lists all problems.
     """
-    problems, train, student = [], recipe.train, recipe.student
+    problems, train, student = launch_problems(recipe), recipe.train, recipe.student
     stage = (train.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     if train.deepspeed and train.fsdp:
         problems.append("train.deepspeed and train.fsdp exclude each other: remove one of them")
@@ -314,12 +319,14 @@ def check_launch(recipe: Recipe) -> None:
             f"{'one process' if env_world_size() else 'no launcher'}: run torchrun --nproc_per_node 2 -m "
             "hf_distill run ..."
         )
-    if train.fsdp and student.from_teacher and not torch.accelerator.is_available():
-        problems.append(
-            "train.fsdp on CPUs shards a student while it is loaded, which is not possible for a student pruned "
-            "from its "
-            "teacher: remove train.fsdp to train with DDP"
-        )
+    if train.fsdp and not torch.accelerator.is_available():
+        made = {"pruned from its teacher": student.from_teacher, "quantized": student.quantize}
+        problems += [
+            f"train.fsdp on CPUs shards a student while it is loaded, which is not possible for a student that is {how}"
+            ": remove train.fsdp to train with DDP"
+            for how, key in made.items()
+            if key
+        ]
     if student.quantization and (stage == 3 or train.fsdp):
         problems.append(
             "a quantized student cannot be sharded: use DDP, or train.deepspeed with zero1-student.json or "

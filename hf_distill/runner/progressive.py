@@ -24,6 +24,7 @@ from ..recipe.stages import direct_values, stage_values
 from ..teachers.loading import env_world_size
 from ..trainer.trainer import DistillTrainer
 from .generated_sources import record_generated_data
+from .quantized_student import load_fake_quantized, scheme_of, weights_folder
 from .run_dir import run_folder
 from .single_run import RunResult, run_single
 from .teacher_only import load_teacher_and_data, static_teacher_spec
@@ -88,10 +89,11 @@ def _compare_students(recipe: Recipe, students: dict[str, Path], on_stage: Calla
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), on_stage)
     args.report_to, args.deepspeed_plugin, metrics = [], None, {}
     args.remove_unused_columns = False
-    names = {f"stage-{len(recipe.stages)}": "student", "direct": "control"}
+    last = f"stage-{len(recipe.stages)}"
     for name, folder in students.items():
+        scheme = scheme_of(recipe) if name in (last, "direct") else None
         trainer = DistillTrainer(
-            AutoModelForCausalLM.from_pretrained(folder),
+            load_fake_quantized(AutoModelForCausalLM, weights_folder(folder.parent, "student", scheme), scheme),
             args,
             teacher=teacher,
             eval_dataset=data.held_out,
@@ -100,7 +102,7 @@ def _compare_students(recipe: Recipe, students: dict[str, Path], on_stage: Calla
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        metrics[names.get(name, name)] = held_out_metrics(trainer.evaluate())
+        metrics[{last: "student", "direct": "control"}.get(name, name)] = held_out_metrics(trainer.evaluate())
     return metrics
 
 
@@ -126,7 +128,9 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
     for name in parts:
         facts[name] = read_results(folder / name / run_files.RESULTS)
         if name in names:
-            _copy_with_hard_links(folder / name / "student", folder / names[name])
+            for suffix in ("", "-unquantized"):
+                if (source := folder / name / f"student{suffix}").is_dir():
+                    _copy_with_hard_links(source, folder / f"{names[name]}{suffix}")
         for log in read_logs(folder / name / run_files.METRICS):
             logs.append(json.dumps(log | {"run": names.get(name, name)}) + "\n")
     write_atomic(folder / run_files.METRICS, "".join(logs))

@@ -16,6 +16,7 @@ from ..recipe.safe_yaml import read_yaml
 from ..recipe.schema import Recipe
 from ..trainer.checkpoints import checkpoints_of, is_as_written
 from .checkpoint_recipe import check_same_result, recorded_values, result_values
+from .quantized_student import FULL_PRECISION
 
 _LOGS = (run_files.METRICS, run_files.NONFINITE_STEPS)
 _WRITTEN = (
@@ -25,6 +26,8 @@ _WRITTEN = (
     run_files.PRUNING,
     "student",
     "control",
+    FULL_PRECISION,
+    "*-unquantized",
     "peer",
     "ema",
     "direct",
@@ -85,7 +88,7 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
     file = folder / run_files.RECIPE
     if file.is_file():
         check_same_result(_values_of(file), recipe, file)
-    checkpoints = [*checkpoints_of(folder), *checkpoints_of(folder / "control")]
+    checkpoints = [path for name in ("", "control", FULL_PRECISION) for path in checkpoints_of(folder / name)]
     intact = [path for path in checkpoints if is_as_written(path, "trainer_state.json")]
     records = {path: values for path in intact if (values := recorded_values(path)) is not None}
     for path, values in records.items():

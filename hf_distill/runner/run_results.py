@@ -18,6 +18,7 @@ WRITTEN_BY = {
     run_files.METRICS: "hf-distill run RECIPE",
     "student": "hf-distill run RECIPE",
     "control": "hf-distill run RECIPE control=sft",
+    "full_precision": "hf-distill run RECIPE control=full_precision",
     run_files.INSPECTION: "hf-distill inspect RUN",
     run_files.DIAGNOSIS: "hf-distill diagnose RUN",
     run_files.RETENTION: "hf-distill retention RUN",
@@ -64,7 +65,7 @@ class Run:
         return read_results(self.path(run_files.RESULTS))
 
     def logs(self, run: str = "student") -> list[Metrics]:
-        """Return the logged values of one training ("student" or "control"), in order; see metrics.jsonl.
+        """Return the logged values of one training (student, control or full_precision), in order; see metrics.jsonl.
 
         Raises:
             DistillError: The file is damaged, or lacks lines that it had at the end of the run.

@@ -1,12 +1,14 @@
 """Runs a recipe with one student: loads, distills, trains the control, evaluates, and writes the run folder.
 
-The run folder holds the resolved `recipe.yaml`, the models `student/` and `control/`, which `from_pretrained` loads,
+The run folder holds the resolved `recipe.yaml`, the models `student/` and `control/`, which `from_pretrained` loads (of
+a quantized student also the weights in full precision, `student-unquantized/`),
 `metrics.jsonl`, `results.json` and `checkpoint-*`.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,6 +24,7 @@ from ..core.processes import run_on_main
 from ..core.results import Metrics, ModelFacts, Results
 from ..losses import get_loss
 from ..models.model_types import unwrap_model
+from ..models.quantized_training import prepare_quantized_student
 from ..recipe.schema import Recipe
 from ..teachers import NullTeacher
 from ..teachers.loading import zero3_init_context
@@ -39,6 +42,7 @@ from .model_factory import ModelFactory, check_launch
 from .model_loading import load_teacher_tokenizers, resolve_model
 from .on_policy import prepare_prompts
 from .provenance import provenance
+from .quantized_student import FULL_PRECISION, export_quantized, scheme_of, weights_folder
 from .run_dir import run_folder
 from .tasks import task_of
 from .training_arguments import arguments
@@ -107,7 +111,12 @@ def _run(run: "RunContext", evidence: Results) -> RunResult:
     if "student" not in models:
         before, student = run.distill()
         record_results(before=before, student=student, **teacher_metrics(recipe, student))
-    if recipe.control and "control" not in models:
+    if recipe.control == FULL_PRECISION:
+        if FULL_PRECISION not in models:
+            run.on_stage("Training the same student in full precision")
+            full_precision, quantized_after = run.full_precision()
+            record_results(full_precision=full_precision, quantized_after=quantized_after)
+    elif recipe.control and "control" not in models:
         run.on_stage(f"Training the control on the hard labels {_labels_of_control(recipe)}")
         record_results(control=run.control())
     evidence["status"] = "done"
@@ -132,6 +141,7 @@ class RunContext:
     ):
         self.folder, self.args, self.callbacks, self.on_stage = folder, args, callbacks, on_stage
         self.merges = recipe.export == "merged"
+        self.scheme = scheme_of(recipe)
         set_seed(args.seed)
         on_stage(f"Loading {recipe.tokenizer_model}")
         with args.main_process_first():
@@ -168,7 +178,7 @@ class RunContext:
         """Build a trainer for a new student.
 
         Args:
-            name: Name of the training in metrics.jsonl: "student" or "control".
+            name: Name of the training in metrics.jsonl: "student", "control" or "full_precision".
             on_policy: Whether the student trains on its own completions.
             changes: Training arguments that differ from those of the recipe, by name.
         """
@@ -187,7 +197,7 @@ class RunContext:
             from ..trl import OnPolicyDistillTrainer as kind
 
             rows = {"train_dataset": self.prompts}
-        student = self.models.student(self.data.train)
+        student = self.models.student(self.data.train, quantize=name != FULL_PRECISION)
         if (pruner := self.models.pruner) is not None:
             run_on_main(lambda: pruner.save(self.folder))
         trainer = kind(
@@ -233,12 +243,16 @@ class RunContext:
         )
         set_seed(self.args.seed)  # the same order of rows for student and control
         output = trainer.train(None if checkpoint is None else str(checkpoint))
-        trainer.save_model(str(self.folder / name))
+        trained = weights_folder(self.folder, name, self.scheme)
+        trainer.save_model(str(trained))
         best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
         self.steps[name] = best or trainer.state.global_step
         if self.merges:
             self.on_stage(f"{name}: merging the adapters")
             run_on_main(lambda: self.models.merge(self.folder / name, self.data.train))
+        if self.scheme and (exported := self.folder / name) != trained:
+            self.on_stage(f"{name}: quantizing as {self.scheme.description}")
+            run_on_main(partial(export_quantized, self.task.auto_class, trained, exported, self.scheme))
         return output.metrics["train_runtime"]
 
     def distill(self) -> tuple[Metrics, Metrics]:
@@ -247,14 +261,27 @@ class RunContext:
         self.on_stage("Distilling")
         seconds = self.train(trainer, "student")
         before = next(log for log in trainer.state.log_history if "eval_loss" in log)
-        if not trainer.is_distilling or isinstance(
-            trainer.teacher, NullTeacher
-        ):  # alpha is 0: the teacher was not needed for training
-            trainer.setup_distillation(self.models.teacher, self._objective())
+        self._add_teacher(trainer)
         self._describe(trainer)
         after = held_out_metrics(trainer.evaluate())
         export_teachers(trainer, self.recipe.export, self.folder)
         return held_out_metrics(before), {**after, "train_seconds": seconds}
+
+    def full_precision(self) -> tuple[Metrics, Metrics]:
+        """Distill the student without quantization; return its held-out metrics, and those with quantized weights."""
+        assert self.scheme is not None
+        trainer = self.trainer(FULL_PRECISION, on_policy=self.recipe.on_policy is not None)
+        seconds = self.train(trainer, FULL_PRECISION)
+        self._add_teacher(trainer)
+        full = held_out_metrics(trainer.evaluate())
+        assert trainer.model is not None
+        prepare_quantized_student(trainer.model, self.scheme)
+        return {**full, "train_seconds": seconds}, held_out_metrics(trainer.evaluate())
+
+    def _add_teacher(self, trainer: DistillTrainer) -> None:
+        """Let a trainer evaluate with the teacher if it trained without, because alpha is 0."""
+        if not trainer.is_distilling or isinstance(trainer.teacher, NullTeacher):
+            trainer.setup_distillation(self.models.teacher, self._objective())
 
     def _objective(self, **changes: object) -> DistillArguments:
         values = {field.name: getattr(self.args, field.name) for field in fields(DistillArguments)}
@@ -273,6 +300,8 @@ class RunContext:
         if influence := cut.pop("block_influence", None):
             self.facts.setdefault("teacher", {})["block_influence"] = influence
         self.facts["student"] |= cut
+        if self.scheme:
+            self.facts["student"]["quantization"] = self.scheme.description
 
     def _size(self, model: nn.Module) -> ModelFacts:
         """Return the size of the full model, without adapters, however it is quantized or sharded."""

@@ -82,6 +82,18 @@ def test_weights_and_losses_by_author_on_two_ranks_equal_those_on_one(root, resu
     assert_equal(two, one)
 
 
+@pytest.mark.parametrize("strategy", [(), ("zero2",)], ids=["ddp", "zero2"])
+def test_a_quantized_student_on_two_ranks_equals_that_on_one(root, results_of_one_rank, strategy):
+    """The first step is equal. The largest weight of each group is halfway between two integers, so that in later steps
+    differences of rounding in float32 move it by a whole integer.
+    """
+    one = results_of_one_rank("quantized")
+    two = run_script(root / "-".join(["quantized", *strategy]), 2, "quantized", *strategy)
+    assert one["log"][0]["loss"] != results_of_one_rank()["log"][0]["loss"]
+    assert two["log"][0] == pytest.approx(one["log"][0], rel=1e-5)
+    assert_equal(two, one, rel=2e-2)
+
+
 @pytest.mark.parametrize("strategy", [(), ("zero3",)], ids=["ddp", "zero3"])
 def test_feature_losses_on_two_ranks_equal_those_on_one_and_resume_exactly(root, results_of_one_rank, strategy):
     """Under ZeRO-3 the teacher is sharded too, because the student's config is active when it is loaded."""

@@ -1,12 +1,12 @@
 """Trains a tiny student for a few steps on all ranks; rank 0 writes the results.
 
 python two_ranks.py FOLDER [features] [ema|mutual|frozen|multi_view|mtp] [resume] [zero1|zero2|zero3|fsdp2]
-    [teacher=zero3|fsdp2] [compile] [other_tokenizer] [row_values] [die|hang|nonfinite]
+    [teacher=zero3|fsdp2] [compile] [other_tokenizer] [row_values] [quantized] [die|hang|nonfinite]
 
 ema, mutual, frozen, multi_view and mtp choose a non-frozen teacher. zero1 to fsdp2 choose the strategy of the student,
 `teacher=` that of the teacher. compile compiles the blocks of both models, with activation checkpointing.
-other_tokenizer gives the teacher another tokenizer, and row_values gives the rows weights and authors. In the
-second step, die ends rank 1, hang stops it, and nonfinite makes its loss infinite.
+other_tokenizer gives the teacher another tokenizer, row_values gives the rows weights and authors, and quantized
+quantizes the student. In the second step, die ends rank 1, hang stops it, and nonfinite makes its loss infinite.
 Models are read from FOLDER/../models.
 """
 
@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
-from hf_distill import DistillConfig, DistillTrainer
+from hf_distill import DistillConfig, DistillTrainer, QuantizationScheme, prepare_quantized_student
 from hf_distill.core.deepspeed_config import read_deepspeed
 from hf_distill.data.collator import Collator
 from hf_distill.teachers import EMATeacher, MTPTeacher, MultiViewTeacher, PeerTeacher, Teacher
@@ -152,6 +152,8 @@ def run(name: str, resume: str | None) -> tuple[DistillTrainer, dict]:
         student = load(models / STUDENT, distributed_config=DistributedConfig(fsdp_size=world))
     else:
         student = load(models / STUDENT)
+    if "quantized" in variants:
+        prepare_quantized_student(student, QuantizationScheme("int4_weight_only", group_size=16))
     if TEACHER_KIND:
         teacher = make_teacher(teacher)
     data: dict[str, Any] = {"train_dataset": rows("llama", 32), "eval_dataset": rows("llama", 7, seed=5)}

@@ -19,6 +19,7 @@ from ...core.held_out_metrics import (
     metrics_of_teacher,
     shown_metrics,
 )
+from ...core.quantized_titles import with_quantization
 from ...core.results import Metrics, StageFacts
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
@@ -75,7 +76,8 @@ def run(
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = run_recipe(loaded, resume, [progress], progress.log_stage, progress.update_generation)
     results = read_results(result.folder / run_files.RESULTS)
-    out.print(results_table(result.models, results.get("chain"), target_noun(loaded), loaded.control))
+    quantized = loaded.student.quantize is not None
+    out.print(results_table(result.models, results.get("chain"), target_noun(loaded), loaded.control, quantized))
     if note := stopping_note(results.get("steps", {})):
         out.print(note, soft_wrap=True, highlight=False)
     out.print(f"Run folder: {result.folder} (student: {result.folder / 'student'})", soft_wrap=True)
@@ -140,6 +142,7 @@ def results_table(
     chain: list[StageFacts] | None = None,
     target: str = DEFAULT_TARGET,
     control: str | None = None,
+    quantized: bool = False,
 ) -> Table:
     """Build the table of held-out metrics: teacher, student before and after training, control, or all stages.
 
@@ -148,11 +151,13 @@ def results_table(
         chain: "chain" of the results of a progressive run.
         target: noun for a target of the models.
         control: `control` of the recipe.
+        quantized: whether the student is quantized.
     """
     table, shown = Table(title="Metrics on held-out rows"), shown_metrics(models.values(), target)
     for heading in ("", *(metric.title for metric in shown)):
         table.add_column(heading, justify="right" if heading else "left")
     names = {"before": "student before", "student": "student after", "control": CONTROL_TITLES[control or "sft"]}
+    names = with_quantization(names, quantized)
     if chain:
         names = {part["stage"]: f"{part['stage']}, {part['student']['blocks']} blocks" for part in chain}
         last = [part["stage"] for part in chain if part["stage"] != "direct"][-1]
