@@ -55,7 +55,7 @@ def test_a_run_exports_the_student_quantized_and_in_full_precision(finished):
     assert not hasattr(plain.config, "quantization_config")
     assert served.config.quantization_config.quant_method == "torchao"
     assert not torch.equal(logits_of(plain), logits_of(served))
-    fake_quantized = prepare_quantized_student(plain, QuantizationScheme("int4_weight_only", group_size=32))
+    fake_quantized = prepare_quantized_student(plain, QuantizationScheme("int4_weight_only", group_size=16))
     assert torch.equal(logits_of(fake_quantized), logits_of(served))
     for name in ("student", "student-unquantized"):
         assert AutoTokenizer.from_pretrained(folder / name).eos_token == "<|end|>"
@@ -68,7 +68,7 @@ def test_full_precision_and_both_quantizations_are_evaluated(finished):
     full_precision = AutoModelForCausalLM.from_pretrained(folder / "full_precision")
     assert not hasattr(full_precision.config, "quantization_config")
     facts = json.loads((folder / "results.json").read_text())
-    assert facts["student"]["quantization"] == "int4_weight_only (4-bit weights, groups of 32)"
+    assert facts["student"]["quantization"] == "int4_weight_only (4-bit weights, groups of 16)"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {line["run"] for line in lines} == {"student", "full_precision"}
     trained = [
