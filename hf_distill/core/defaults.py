@@ -44,6 +44,8 @@ MAX_NEW_TOKENS = 512
 MODEL_FLOP_UTILIZATION = 0.4
 PEAK_TFLOPS = 989.0  # of an H100 in bf16, dense
 PRETRAINING_TOKENS = 2e12
+GPU_BANDWIDTH_TB_PER_SECOND = 3.35  # of an H100 (SXM)
+GENERATION_PROMPT_TOKENS = 256  # mean of the prompts of a generation, if it is not given
 
 # Analysis and reports.
 HELD_OUT_TOKENS = 4096

@@ -85,7 +85,7 @@ def cost_of(
     step = rows * recipe.data.max_length
     per_token = teacher.forward + student.training
     per_second = processes * speed / per_token
-    has_control = recipe.control == "sft"  # the same student on the same tokens, without a teacher
+    has_control = recipe.control in ("sft", "sft_on_data")  # the same student on the same tokens, without a teacher
     if (train.max_steps or 0) <= 0:
         return Cost(step, None, per_token, None, None, per_second, None, None, None if has_control else 0.0)
     tokens = train.max_steps * step

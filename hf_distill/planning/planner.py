@@ -16,6 +16,7 @@ from .cost import Cost, Model, cost_of, model_of
 from .decoding import Decoding
 from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewest_gpus
 from .flops import six_nd
+from .generation import GenerationPlan, GenerationRates, plan_generation
 from .pruned import student_config
 from .shapes import model_config
 from .strategy import Strategy
@@ -55,6 +56,7 @@ class Plan:
     caches:             estimates of a teacher cache; None for a teacher that changes during training
     advice:             which strategy to choose
     decoding:           memory that generating a token reads: of the teacher and of the student
+    generation:         the generation of the teacher's completions; None if the recipe has none
     """
 
     teacher: Model
@@ -74,6 +76,7 @@ class Plan:
     caches: CachePlan | None
     advice: str
     decoding: tuple[Decoding, Decoding]
+    generation: GenerationPlan | None = None
 
 
 def plan(
@@ -83,6 +86,7 @@ def plan(
     mfu: float = MODEL_FLOP_UTILIZATION,
     peak_tflops: float = PEAK_TFLOPS,
     pretraining_tokens: float = PRETRAINING_TOKENS,
+    rates: GenerationRates | None = None,
 ) -> Plan:
     """Plan a recipe from the configs of its models; no weights are read.
 
@@ -93,6 +97,7 @@ def plan(
         mfu: share of the peak that training reaches (model FLOP utilization, recomputation counted).
         peak_tflops: peak of a GPU, in TFLOP/s; 989 is an H100 in bf16, dense.
         pretraining_tokens: number of tokens of a pretraining of the student to compare with.
+        rates: what the recipe does not say about its generation; None: the defaults.
 
     Raises:
         DistillError: the config of a model is not found, a number is out of range, or a model is sharded on one GPU;
@@ -101,7 +106,8 @@ def plan(
     require_text_generation(recipe, "A plan of memory and FLOP")
     numbers = {"gpus": gpus, "gpu_memory": gpu_memory, "mfu": mfu, "peak_tflops": peak_tflops}
     numbers |= {"pretraining_tokens": pretraining_tokens}
-    recipe_strategy, student_config, teacher_config = _check_inputs(recipe, numbers)
+    rates = rates or GenerationRates()
+    recipe_strategy, student_config, teacher_config = _check_inputs(recipe, numbers, rates)
     served = [spec for spec in recipe.all_teachers if spec.kind == "remote"]
     served_configs = [_served_config(spec, student_config) for spec in served if spec.api == "hidden"]
     workload = make_workload(recipe, student_config, teacher_config, served_configs)
@@ -141,6 +147,7 @@ def plan(
         caches=_plan_caches(recipe, workload, teacher, student, cost.tokens),
         advice="\n".join([recommendation, *_token_counts(recipe, ratio), *_uncounted_parts(recipe)]),
         decoding=(Decoding.of(workload.teacher), Decoding.of(workload.student)),
+        generation=plan_generation(recipe, workload.teacher, rates, usable, speed),
     )
 
 
@@ -182,9 +189,12 @@ def _plan_caches(
     )
 
 
-def _check_inputs(recipe: Recipe, numbers: dict[str, float]) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:
+def _check_inputs(
+    recipe: Recipe, numbers: dict[str, float], rates: GenerationRates
+) -> tuple[Strategy, PretrainedConfig, PretrainedConfig]:
     """Return the recipe's strategy and the configs of its student and its teacher; raise all problems at once."""
     problems = [f"{name} is {value:g}; it must be above 0." for name, value in numbers.items() if value <= 0]
+    problems += rates.problems()
     if numbers["mfu"] > 1:
         problems.append(f"mfu is {numbers['mfu']:g}; it is a share of the peak and must be at most 1.")
     with collect_errors(problems):

@@ -61,8 +61,10 @@ def flops_table(plan: Plan) -> Table:
         ("student, training", plan.student.training, None, 6 * plan.student.parameters),
     ]
     for name, formula, counted, rule in rows:
-        sequences = ["" if flop is None else _number(flop * plan.length / 1e12) for flop in (formula, counted, rule)]
-        table.add_row(name, _number(formula / 1e9), *sequences)
+        sequences = [
+            "" if flop is None else number_text(flop * plan.length / 1e12) for flop in (formula, counted, rule)
+        ]
+        table.add_row(name, number_text(formula / 1e9), *sequences)
     return table
 
 
@@ -78,7 +80,7 @@ def caches_table(plan: Plan) -> list[Table | str]:
     tokens = plan.caches.tokens or 10**9
     for kind in plan.caches.kinds:
         size = (kind.bytes_per_token * tokens + kind.head) / GiB
-        table.add_row(kind.kind, _number(kind.bytes_per_token), f"{_number(size)} GiB", kind.supports)
+        table.add_row(kind.kind, number_text(kind.bytes_per_token), f"{number_text(size)} GiB", kind.supports)
     pays = (
         f"A cache saves {plan.caches.saved:.0%} of a step's FLOP. It pays off from the second pass over the data: a "
         "second epoch, another student or another run."
@@ -150,13 +152,13 @@ def verdict(plan: Plan) -> list[str]:
         lines = [
             f"Run: {cost.tokens:.3g} tokens, {cost.tokens_per_step:,} per step; {cost.flop:.3g} FLOP by formula, "
             f"{cost.rule:.3g} by the rule of thumb",
-            f"Time: {pace}: {_number(cost.gpu_hours)} GPU-hours, {_number(cost.gpu_hours / plan.gpus)} hours",
+            f"Time: {pace}: {number_text(cost.gpu_hours)} GPU-hours, {number_text(cost.gpu_hours / plan.gpus)} hours",
             *(
                 [f"Control: {cost.control:.3g} of these FLOP train the student on hard labels alone"]
                 if cost.control
                 else []
             ),
-            f"Share: {_number(100 * cost.share)} % of pretraining the student on {plan.pretraining_tokens:.0e} "
+            f"Share: {number_text(100 * cost.share)} % of pretraining the student on {plan.pretraining_tokens:.0e} "
             f"tokens, which takes {plan.pretraining:.3g} FLOP by the rule of thumb",
         ]
     lines = ["", *lines, *_decoding(plan), "", plan.advice]
@@ -171,14 +173,16 @@ def _decoding(plan: Plan) -> list[str]:
     if teacher == student:
         return []
     return [
-        f"Decoding: each token reads {_bytes(student.weights)} of weights and {_bytes(student.kv_cache)} of KV cache "
-        f"per token of context in bf16 (teacher: {_bytes(teacher.weights)} and {_bytes(teacher.kv_cache)}). Where this "
-        f"is the limit, as with one sequence of {plan.length} tokens, the student generates "
-        f"{_number(student.speed_up(teacher, plan.length))} times as many tokens/s"
+        f"Decoding: each token reads {bytes_text(student.weights)} of weights and {bytes_text(student.kv_cache)} of KV "
+        f"cache per token of context in bf16 (teacher: {bytes_text(teacher.weights)} and "
+        f"{bytes_text(teacher.kv_cache)}). Where this is the limit, as with one sequence of {plan.length} tokens, the "
+        "student generates "
+        f"{number_text(student.speed_up(teacher, plan.length))} times as many tokens/s"
     ]
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """Return a number of bytes with a unit."""
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count:,} bytes"
 
 
@@ -191,7 +195,8 @@ def _amount(count: int, unit: int) -> str:
     return "-" if count == 0 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """Return a number with three digits, or as a whole number from 1,000."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

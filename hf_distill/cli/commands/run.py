@@ -3,14 +3,20 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from ...core import run_files
-from ...core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOKENS
+from ...core.defaults import (
+    GENERATION_PROMPT_TOKENS,
+    GPU_BANDWIDTH_TB_PER_SECOND,
+    MODEL_FLOP_UTILIZATION,
+    PEAK_TFLOPS,
+    PRETRAINING_TOKENS,
+)
 from ...core.held_out_metrics import (
     CONTROL_TITLES,
     DEFAULT_TARGET,
@@ -103,6 +109,19 @@ def plan(
     pretraining_tokens: Annotated[
         float, typer.Option(help="Number of tokens of a pretraining of the student to compare with.")
     ] = PRETRAINING_TOKENS,
+    prompts: Annotated[
+        int | None, typer.Option(help="Generation: number of prompts, if the recipe or its files do not give it.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Generation: mean tokens of a prompt.")] = GENERATION_PROMPT_TOKENS,
+    completion_tokens: Annotated[
+        int | None, typer.Option(help="Generation: mean tokens of a completion. Default: generate.max_new_tokens.")
+    ] = None,
+    gpu_bandwidth: Annotated[
+        float, typer.Option(help="Generation: memory bandwidth of a GPU in TB/s; 3.35 is an H100.")
+    ] = GPU_BANDWIDTH_TB_PER_SECOND,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Generation with a server: tokens/s that it generates.")
+    ] = None,
     smoke: Smoke = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, in bytes and FLOP.")] = False,
 ) -> None:
@@ -110,11 +129,14 @@ def plan(
     from ...recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
+    from ...planning.generation import GenerationRates
     from ...planning.planner import plan as plan_recipe
     from ...recipe.load import recipes_by_stage
 
+    rates = GenerationRates(prompts, prompt_tokens, completion_tokens, gpu_bandwidth, tokens_per_second)
     numbers = (gpus, gpu_memory, mfu, gpu_tflops, pretraining_tokens)
-    plans = {name: plan_recipe(stage, *numbers) for name, stage in recipes_by_stage(loaded).items()}
+    plans = {name: plan_recipe(stage, *numbers, rates) for name, stage in recipes_by_stage(loaded).items()}
+    plans |= {name: replace(plans[name], generation=None) for name in [*plans][1:]}  # a chain generates once
     if as_json:
         values = {name: asdict(plan) for name, plan in plans.items()}
         sys.stdout.write(json.dumps(values if loaded.stages else values[""], indent=2) + "\n")
@@ -127,6 +149,7 @@ def plan(
 
 def _print_plan(plan: "Plan") -> None:
     from ...planning.render import caches_table, flops_table, legend, plan_table, verdict
+    from ...planning.render_generation import generation_lines
 
     wide = out.width >= 120
     out.print(plan_table(plan, wide))
@@ -134,6 +157,7 @@ def _print_plan(plan: "Plan") -> None:
     out.print(flops_table(plan))
     for part in caches_table(plan):
         out.print(part, highlight=False)
+    out.print(*generation_lines(plan.generation, plan.mfu), sep="\n", highlight=False)
     out.print(*verdict(plan), sep="\n", highlight=False)
 
 
