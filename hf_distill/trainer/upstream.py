@@ -60,6 +60,7 @@ DISTILLATION_TRAINER = {
     "_generate": ("prompts",),
     "_generate_and_score_completions": ("inputs",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields", "has_tool_images"),
+    "_prepare_inputs": ("generation_batch",),
     "_set_signature_columns_if_needed": (),
 }
 

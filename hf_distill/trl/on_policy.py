@@ -2,7 +2,9 @@
 
 import math
 import random
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl import DistillationTrainer
 from trl.data_utils import is_conversational
-from trl.trainer.utils import flush_left
+from trl.trainer.utils import (
+    flush_left,
+    shuffle_sequence_dict,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 
 from ..core.row_values import ORIGIN, WEIGHT
 from ..core.schedule import schedule_integral
@@ -30,6 +38,7 @@ from ..trainer.teacher_argument import TeacherArgument
 from ..trainer.trainer import LossOutput
 from ..trainer.upstream import DISTILLATION_TRAINER, check_upstream
 from .common import TRLMixin, adapted_heads
+from .decoding import generating, sampling_on_cpu
 from .image_rows import (
     IMAGE_COLUMNS,
     TOKEN_FIELDS,
@@ -61,7 +70,7 @@ class _GenerationTrainer(DistillationTrainer):
 
 
 class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
-    """`trl.DistillationTrainer` with any teacher and any objective; its generation is unchanged.
+    """`trl.DistillationTrainer` with any teacher and any objective, and the same distribution of completions.
 
     L = [sum over completion tokens of (alpha * T^2 * divergence + other losses)
          + sum over the data set's completion tokens of (1 - alpha) * cross entropy]
@@ -75,9 +84,10 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
     With a processor as `processing_class`, rows may have `images` or `image`, which student and teacher read.
 
     Overridden private methods of TRL (see `trainer/upstream.py`): `_generate_and_score_completions` chooses the rows,
-    `_generate` and `_generate_single_turn` generate for these rows only, with their images, and
-    `_set_signature_columns_if_needed` keeps the column `completion`. The only overridden public method besides those of
-    `DistillMixin` is `compute_loss`, which turns TRL's batch into ids and labels.
+    `_generate` and `_generate_single_turn` generate for these rows only, with their images, `_prepare_inputs` sorts the
+    rows of an optimizer step by length, and `_set_signature_columns_if_needed` keeps the column `completion`. The only
+    overridden public method besides those of `DistillMixin` is `compute_loss`, which turns TRL's batch into ids and
+    labels.
 
     Args:
         model: the student: a model, or its id or path (loaded by TRL with `args.model_init_kwargs`).
@@ -124,6 +134,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         raise_if_any(problems)
         self._completed_rows: list[dict | None] | None = None  # None for each row that the student completes
         self._prompts: list[Any] = []  # of the rows of the batch for which completions are generated
+        self._generation_seconds = 0.0  # of the batch
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = _with_prompts(kwargs.get(name), name)
         super().__init__(model, args, teacher=teacher, **kwargs)
@@ -224,6 +235,20 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             batch["source"] = torch.tensor([row["source"] for row in inputs], device=self.accelerator.device)
         return batch
 
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
+        """Prepare as TRL does, with rows of similar length in one micro-batch, so that micro-batches have less padding.
+
+        The optimizer step sums over the same rows, whatever micro-batch they are in.
+        """
+        pieces = self.args.gradient_accumulation_steps
+        if not self.model.training or pieces == 1:
+            return dict(super()._prepare_inputs(generation_batch))
+        if self._step % pieces == 0 or self._buffered_inputs is None:
+            batch = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            batch = _longest_first(shuffle_sequence_dict(batch))
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(each) for each in split_tensor_dict(batch, pieces)]
+        return dict(self._buffered_inputs[self._step % pieces])
+
     def _row_values(self, rows: list[dict], is_generated: list[bool]) -> dict[str, Tensor]:
         """Return the weights of rows that have them, and the origins if the losses depend on them, [B].
 
@@ -289,9 +314,10 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         """Generate as TRL does; in a batch with images, rows without one get an empty list, which processors read."""
-        self._prompts = prompts
+        self._prompts, self._generation_seconds = prompts, 0.0
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
         self._prompts = []
+        self._metrics["train" if self.model.training else "eval"]["generation_seconds"].append(self._generation_seconds)
         images = None if images is None else [of_row or [] for of_row in images]
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
@@ -304,13 +330,36 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         if prompts and multimodal_fields and len(prompts) < len(rows):  # their tensors cannot be taken by rows
             generated_prompts = [prompt for prompt, row in zip(self._prompts, rows, strict=True) if row is None]
             prompts, images, multimodal_fields = self._tokenize_prompts(generated_prompts)
-        args = (images, multimodal_fields, *args)
-        with torch.compiler.set_stance("force_eager"):  # the cache would make a graph for each block and length
-            generated = iter(super()._generate_single_turn(prompts, *args, **kwargs) if prompts else ())
+        start = time.perf_counter()
+        with self._generation_context():
+            args = (prompts, images, multimodal_fields, *args)
+            generated = iter(super()._generate_single_turn(*args, **kwargs) if prompts else ())
+        self._generation_seconds += time.perf_counter() - start
         return [
             next(generated) if row is None else self._completion(row, ids)
             for ids, row in zip(prompt_ids, rows, strict=True)
         ]
+
+    @contextmanager
+    def _generation_context(self) -> Iterator[None]:
+        """Prepare the student to generate with transformers: without dropout, and in the precision of the training.
+
+        One autocast region around all steps casts each weight once. It would be cast in every step else, because the
+        region of accelerate is a single forward. Sharded weights are left to their wrapper.
+        """
+        if self.use_vllm:
+            yield
+            return
+        with ExitStack() as stack:
+            # The cache would make a graph for each block and length.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(generating(self.model))
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                stack.enter_context(self.accelerator.autocast())
+                if not self._is_vlm:
+                    model = self.accelerator.unwrap_model(self.model_wrapped)
+                    stack.enter_context(sampling_on_cpu(model, self.generation_config))
+            yield
 
     def _completion(self, row: dict, prompt_ids: list[int]) -> list[int]:
         """Return the ids of the data set's completion of a row, which ends as in SFTTrainer.
@@ -381,6 +430,19 @@ def _check_teacher_prompts(rows: Dataset, name: str) -> None:
             f"{len(lacking)} of {len(rows)} rows of {name} have no `{column}`, the first is row {lacking[0]} (counted "
             "from 0): give one to every row, or remove the column."
         )
+
+
+def _longest_first(batch: dict[str, Any]) -> dict[str, Any]:
+    """Sort the rows of TRL's batch by their numbers of tokens."""
+    order = (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).argsort(descending=True, stable=True)
+    return {
+        name: values
+        if values is None or (isinstance(values, Tensor) and values.dim() == 0)
+        else values[order]
+        if isinstance(values, Tensor)
+        else [values[row] for row in order.tolist()]
+        for name, values in batch.items()
+    }
 
 
 def _join_completions(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """`OnPolicyDistillTrainer`: TRL's generation, any objective, any share of the data set's completions."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +15,7 @@ from trl import DistillationConfig, DistillationTrainer
 from hf_distill import DistillConfig, DistillError, DistillTrainer
 from hf_distill.data import Collator, tokenize_examples
 from hf_distill.teachers import RemoteTeacher
-from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
+from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer, decoding
 
 ROWS = [{"prompt": conversation(i)[:1], "completion": conversation(i)[1:]} for i in range(12)]
 TEXT = [{"prompt": f"What is {i}?", "completion": f" It is {'very ' * (i % 3)}close to {i}."} for i in range(12)]
@@ -68,7 +70,9 @@ def logged(trainer, *names):
 
 
 def test_reverse_kl_on_generated_completions_equals_that_of_trl(make, monkeypatch):
+    """With TRL's random draws: the same completions, losses and gradients, though micro-batches have other rows."""
     monkeypatch.setattr("hf_distill.trainer.trainer.TRAIN_STATISTICS_EVERY", 1)  # the entropy of all tokens, as in TRL
+    monkeypatch.setattr(decoding, "draw_tokens", lambda scores: torch.multinomial(scores.softmax(-1), 1)[:, 0])
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3)
     theirs = make(cls=DistillationTrainer, config=DistillationConfig, temperature=1.0, **options)
     theirs.train()
@@ -77,6 +81,50 @@ def test_reverse_kl_on_generated_completions_equals_that_of_trl(make, monkeypatc
     names = ("loss", "grad_norm", "entropy", "completions/mean_length", "num_tokens")
     for results, expected in zip(logged(ours, *names), logged(theirs, *names), strict=True):
         assert results == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_of_similar_length_are_in_one_micro_batch(make):
+    rows = [{"prompt": "word " * (1 + 7 * i % 12)} for i in range(12)]
+    trainer = make(rows, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2)
+    batches = batches_of(trainer)
+    for step in (batches[:4], batches[4:]):
+        lengths = [batch["attention_mask"].sum(1).tolist() for batch in step]
+        flat = [length for of_batch in lengths for length in of_batch]
+        assert flat == sorted(flat, reverse=True)
+        assert [batch["input_ids"].shape[1] for batch in step] == [max(of_batch) for of_batch in lengths]
+        assert len({*flat}) > 4
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_student_generates_without_dropout_in_the_precision_of_training(make, smollm2_tokenizer, bf16):
+    """One autocast region around all steps casts a weight once; the completions are those of one region per step."""
+    student = build("llama", 0, vocab=len(smollm2_tokenizer), width=16, dropout=0.5)
+    seen, generated = [], []
+
+    def record(_module, _inputs, kwargs):
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
+            seen.append((student.training, torch.is_autocast_enabled("cpu")))
+
+    for is_nested in (True, False):
+        trainer = make(model=student, bf16=bf16, use_cpu=True, max_steps=1, learning_rate=0.0)
+        if not is_nested:
+            trainer.accelerator.autocast = nullcontext
+        student.register_forward_pre_hook(record, with_kwargs=True)
+        generated.append([batch["input_ids"].tolist() for batch in batches_of(trainer)])
+        assert student.training
+    assert seen
+    assert {training for training, _ in seen} == {False}
+    assert seen[0][1] == bf16
+    assert generated[0] == generated[1]
+
+
+def test_the_seconds_of_generation_are_logged(make):
+    trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=2, on_policy_fraction=0.5)
+    trainer.train()
+    for seconds, of_step in logged(trainer, "generation_seconds", "step_time"):
+        assert 0 < seconds < of_step
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert "eval_generation_seconds" in trainer.state.log_history[-1]
 
 
 def naive(trainer, batch, alpha, temperature):
