@@ -8,7 +8,7 @@ The distribution of the completions is that of transformers. These differences s
 3. A row leaves the batch when its completion ends.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
@@ -60,7 +60,7 @@ def sampling_on_cpu(model: Any, config: GenerationConfig) -> Iterator[None]:
 def sample(
     model: Any,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
+    logits_processor: Callable[[Tensor, Tensor], Tensor],
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     synced_gpus: bool = False,

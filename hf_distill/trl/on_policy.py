@@ -105,6 +105,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
     model: nn.Module
     processing_class: Any
     chat_template_kwargs: dict[str, Any]
+    _buffered_inputs: Any
 
     def __init__(
         self,
@@ -244,9 +245,9 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         if not self.model.training or pieces == 1:
             return dict(super()._prepare_inputs(generation_batch))
         if self._step % pieces == 0 or self._buffered_inputs is None:
-            batch = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
-            batch = _longest_first(shuffle_sequence_dict(batch))
-            self._buffered_inputs = [unsplit_pixel_values_by_grid(each) for each in split_tensor_dict(batch, pieces)]
+            batch: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            micro_batches: Any = split_tensor_dict(_longest_first(shuffle_sequence_dict(batch)), pieces)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(each) for each in micro_batches]
         return dict(self._buffered_inputs[self._step % pieces])
 
     def _row_values(self, rows: list[dict], is_generated: list[bool]) -> dict[str, Tensor]:
