@@ -1,6 +1,7 @@
 """Importance of hidden channels, neurons, attention heads and experts, which decides what a pruned student keeps."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DistillError
-from .pruning import InfluenceRecorder, run_with_hooks
+from .pruning import InfluenceRecorder, run_on_batches
 from .unit_activations import ActivationRecorder
 from .width_axes import Axis, Kind, WidthStructure
 from .width_structure import check_prunable, find_width_structure
@@ -81,16 +82,17 @@ def measure_importance(
         raise DistillError(f"by is {by!r}: choose activation or weight.")
     inner = check_prunable(model)
     structure = find_width_structure(inner)
-    influence = InfluenceRecorder(inner) if with_block_influence else None
-    recorder = ActivationRecorder(inner, structure) if by == "activation" else None
-    parts = [part for part in (influence, recorder) if part is not None]
-    if parts:
+    with ExitStack() as hooks:
+        influence = InfluenceRecorder(inner, hooks) if with_block_influence else None
+        recorder = ActivationRecorder(inner, structure, hooks) if by == "activation" else None
+        recorders = [one for one in (influence, recorder) if one is not None]
 
         def start_batch(mask: Tensor) -> None:
-            for part in parts:
-                part.start_batch(mask)
+            for one in recorders:
+                one.start_batch(mask)
 
-        run_with_hooks(inner, batches, start_batch, [handle for part in parts for handle in part.handles])
+        if recorders:
+            run_on_batches(inner, batches, start_batch)
     blocks = influence.influence() if influence is not None else None
     scores = _by_weight(inner, structure) if recorder is None else recorder.scores()
     return Importance(by, structure, scores, blocks)

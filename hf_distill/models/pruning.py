@@ -3,8 +3,9 @@
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,17 @@ class InfluenceRecorder:
 
     Args:
         model: a model whose blocks `find_blocks` finds.
-
-    Attributes:
-        handles: the hooks, which the caller removes.
+        hooks: stack that removes the hooks when it is closed.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, hooks: ExitStack):
         _, blocks = find_blocks(model)
         self.device = next(model.parameters()).device
         self.sums = torch.zeros(len(blocks), dtype=torch.float64, device=self.device)
         self.count = 0
         self._mask: Tensor | None = None
-        self.handles = [block.register_forward_hook(self._hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        for i, block in enumerate(blocks):
+            hooks.callback(block.register_forward_hook(self._hook(i), with_kwargs=True).remove)
 
     def start_batch(self, mask: Tensor) -> None:
         """Set the tokens of the next batch that are counted, a boolean [B, S]."""
@@ -61,16 +61,13 @@ class InfluenceRecorder:
         return record
 
 
-def run_with_hooks(
-    model: nn.Module, batches: Iterable[dict], start_batch: Callable[[Tensor], None], handles: Iterable[Any]
-) -> None:
-    """Run a model without dropout and gradients on calibration batches, then remove hooks.
+def run_on_batches(model: nn.Module, batches: Iterable[dict], start_batch: Callable[[Tensor], None]) -> None:
+    """Run a model on calibration batches, without dropout and gradients.
 
     Args:
         model: a model that reads tokens.
         batches: inputs, `input_ids` [B, S] and optionally `attention_mask` [B, S].
         start_batch: called before each forward with the tokens that are counted, a boolean [B, S].
-        handles: hooks that are removed at the end, also after an error.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -83,8 +80,6 @@ def run_with_hooks(
                 model(**inputs)
     finally:
         model.train(training)
-        for handle in handles:
-            handle.remove()
 
 
 def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
@@ -104,8 +99,9 @@ def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
 
     Source: ShortGPT, arXiv 2403.03853.
     """
-    recorder = InfluenceRecorder(model)
-    run_with_hooks(model, batches, recorder.start_batch, recorder.handles)
+    with ExitStack() as hooks:
+        recorder = InfluenceRecorder(model, hooks)
+        run_on_batches(model, batches, recorder.start_batch)
     return recorder.influence()
 
 

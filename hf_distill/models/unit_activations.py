@@ -1,6 +1,7 @@
 """Sums the activations of channels, neurons, heads and experts while a model runs."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -19,14 +20,11 @@ class ActivationRecorder:
     Args:
         model: a causal language model.
         structure: its units.
-
-    Attributes:
-        handles: hooks, which the caller removes.
+        hooks: stack that removes the hooks when it is closed.
     """
 
-    def __init__(self, model: PreTrainedModel, structure: WidthStructure):
-        self.structure = structure
-        self.handles: list[Any] = []
+    def __init__(self, model: PreTrainedModel, structure: WidthStructure, hooks: ExitStack):
+        self.structure, self._hooks = structure, hooks
         self._count = 0
         self._row_weights = torch.empty(0)  # [B, S]: 1 / tokens of the row, and 0 for masked tokens
         self._sums: dict[tuple[Kind, str], Tensor] = {}
@@ -42,17 +40,17 @@ class ActivationRecorder:
                 if axis is not None and axis.kind in ("neurons", "heads") and reads_units(root, name, dim):
                     read = axis
             if isinstance(module, nn.Linear) and read is not None:
-                self.handles.append(module.register_forward_pre_hook(self._input_hook(read)))
+                hooks.callback(module.register_forward_pre_hook(self._input_hook(read)).remove)
             elif read is not None and axes[0] is not None and axes[0].kind == "experts":
                 self._record_experts(module, getattr(module, name.rpartition(".")[2]), read)
             elif axes[-1] is not None and axes[-1].kind == "channels":
                 if len(axes) == 1 and name.endswith(".weight"):
-                    self.handles.append(module.register_forward_hook(self._norm_hook(owner)))
+                    hooks.callback(module.register_forward_hook(self._norm_hook(owner)).remove)
                 elif len(axes) == 2 and axes[0] is not None and axes[0].kind == "experts":
-                    self.handles.append(module.register_forward_hook(self._router_hook(axes[0])))
-
+                    hooks.callback(module.register_forward_hook(self._router_hook(axes[0])).remove)
         if self._has_expert_tensors:  # other implementations multiply the tensors of all experts in one call
-            self.handles.append(_EagerExperts(model))
+            hooks.callback(model.set_experts_implementation, model.get_experts_implementation())
+            model.set_experts_implementation("eager")
 
     def start_batch(self, mask: Tensor) -> None:
         """Set the tokens of the next batch that are counted, a boolean [B, S]."""
@@ -85,7 +83,7 @@ class ActivationRecorder:
         size = axis.runs[0].size
 
         def record(_module: nn.Module, args: tuple) -> None:
-            value = args[0].float().view(*self._row_weights.shape, -1)
+            value = args[0].float().reshape(*self._row_weights.shape, -1)
             if axis.kind == "heads":
                 value = torch.linalg.vector_norm(value.unflatten(-1, (-1, size)), dim=-1)
             self._add(axis.kind, axis.group, self._row_means(value.abs()))
@@ -94,7 +92,8 @@ class ActivationRecorder:
 
     def _norm_hook(self, name: str) -> Callable[..., None]:
         def record(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            squares = self._row_means(output.float().abs()).double().square()
+            magnitudes = output.float().abs().reshape(*self._row_weights.shape, -1)
+            squares = self._row_means(magnitudes).double().square()
             self._norm_sums[name] = self._norm_sums.get(name, 0) + squares.sum(0)
 
         return record
@@ -118,20 +117,22 @@ class ActivationRecorder:
         size = self.structure.sizes[axis.size]
 
         def start(_module: nn.Module, args: tuple) -> None:
-            index = next(arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point())
+            index = next((arg for arg in args if isinstance(arg, Tensor) and not arg.is_floating_point()), None)
+            if index is None:
+                return
             mode = _ExpertInputs(weight, index, self._row_weights, size)
             mode.__enter__()
             modes.append(mode)
 
         def end(_module: nn.Module, _args: tuple, _output: Any) -> None:
-            mode = modes.pop()
-            mode.__exit__(None, None, None)
-            self._add(axis.kind, axis.group, mode.row_means)
+            if modes:
+                mode = modes.pop()
+                mode.__exit__(None, None, None)
+                if mode.is_read:
+                    self._add(axis.kind, axis.group, mode.row_means)
 
-        self.handles += [
-            module.register_forward_pre_hook(start),
-            module.register_forward_hook(end, always_call=True),
-        ]
+        self._hooks.callback(module.register_forward_pre_hook(start).remove)
+        self._hooks.callback(module.register_forward_hook(end, always_call=True).remove)
 
 
 class _ExpertInputs(TorchFunctionMode):
@@ -144,6 +145,7 @@ class _ExpertInputs(TorchFunctionMode):
         size: I, number of neurons.
 
     Attributes:
+        is_read:   whether an expert has read something.
         row_means: mean magnitude of each neuron over the tokens of each row, [B, E, I]; 0 for tokens of other experts.
     """
 
@@ -151,6 +153,7 @@ class _ExpertInputs(TorchFunctionMode):
         super().__init__()
         self.weight, self.index, self.size = weight, index.view(row_weights.numel(), -1), size
         self.row_weights = row_weights.to(weight.device)
+        self.is_read = False
         self.row_means = torch.zeros(len(row_weights), len(weight), size, device=weight.device)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -166,6 +169,7 @@ class _ExpertInputs(TorchFunctionMode):
         offset = (weight.data_ptr() - start) // self.weight.element_size()
         if not 0 <= offset < self.weight.numel() or inputs.shape[-1] != self.size:
             return
+        self.is_read = True
         expert = offset // self.weight.stride(0)
         # by choice, then by token, as the experts read them
         _, tokens = torch.where(self.index.T.eq(expert))
@@ -177,15 +181,3 @@ class _ExpertInputs(TorchFunctionMode):
         rows = tokens // self.row_weights.shape[1]
         magnitudes = inputs.float().abs() * self.row_weights.flatten()[tokens].unsqueeze(1)
         self.row_means[:, expert].index_add_(0, rows, magnitudes)
-
-
-class _EagerExperts:
-    """Lets a model compute one expert after the other, until `remove` is called as for a hook."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.before = model, model.get_experts_implementation()
-        model.set_experts_implementation("eager")
-
-    def remove(self) -> None:
-        """Restore the implementation."""
-        self.model.set_experts_implementation(self.before)
