@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import inf, isnan, log
+from typing import Protocol, TypeVar
 
 from ..errors import DistillError
 
@@ -24,6 +25,21 @@ class Rung:
         """Return "nll" or "kl"; infinite if training diverged, so that the candidate ranks last."""
         metric = self.nll if by == "nll" else self.kl
         return inf if metric is None or isnan(metric) else metric
+
+
+class Searched(Protocol):
+    """A candidate of a search: a dataclass of values, with its rungs so far."""
+
+    @property
+    def name(self) -> str:
+        """Name of the candidate's folder."""
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """Its metrics so far, which are appended to."""
+
+
+C = TypeVar("C", bound=Searched)
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ def cost(plan: list[tuple[int, int]]) -> int:
     return total
 
 
-def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
+def ranked(candidates: list[C], by: str) -> list[C]:
     """Sort candidates by the steps they trained, then by the criterion; ties by the other metric, then by the grid.
 
     Args:
@@ -89,7 +105,7 @@ def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
     """
     other = "kl" if by == "nll" else "nll"
 
-    def order(candidate: Candidate) -> tuple[float, ...]:
+    def order(candidate: C) -> tuple[float, ...]:
         if not candidate.rungs:
             return (0.0,)
         last = candidate.rungs[-1]
@@ -98,14 +114,14 @@ def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
     return sorted(candidates, key=order)
 
 
-def pareto_front(candidates: list[Candidate]) -> list[Candidate]:
+def pareto_front(candidates: list[C]) -> list[C]:
     """Return the candidates that no other one beats in both NLL and KL at the step where they stopped.
 
     There is more than the winner if the metrics disagree: a stopped candidate may lead in the metric that is not the
     criterion.
     """
 
-    def is_dominated(candidate: Candidate) -> bool:
+    def is_dominated(candidate: C) -> bool:
         last = candidate.rungs[-1]
         metrics = (last.value("nll"), last.value("kl"))
         rivals = [

@@ -8,8 +8,6 @@ from math import isfinite, log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-
 from ..core import run_files
 from ..core.defaults import SEARCH_CRITERION, SEARCH_ETA
 from ..core.io import write_json
@@ -18,20 +16,16 @@ from ..core.processes import run_on_main
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 from ..recipe.tasks import require_text_generation
-from ..runner.cache_writer import write_smoke_cache
-from ..runner.model_factory import check_launch
-from ..runner.single_run import RunContext, held_out_metrics
 from ..runner.training_arguments import arguments
-from ..trainer.config import DistillConfig
+from .candidate_training import CandidateTraining, search_problems
 from .search_state import SearchSettings, delete_checkpoints, load_or_create, save_search
-from .successive_halving import Candidate, Rung, cost, pareto_front, ranked, rungs
+from .successive_halving import Candidate, cost, pareto_front, ranked, rungs
 
 if TYPE_CHECKING:
     from optuna import Trial
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 ALPHAS = (0.5, 0.9)
-_REUSABLE_KINDS = {"frozen", "cached", "adapter_base"}  # of teachers that training a candidate does not change
 
 
 @dataclass(frozen=True)
@@ -92,36 +86,21 @@ def find_temperature(
     candidates = run_on_main(lambda: load_or_create(search_folder, settings, grid))
     with ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(lock_folder(search_folder, "a search for a temperature")))
-        winner = _train_rungs(candidates, plan, settings, recipe, args, search_folder, on_stage)
+        training = CandidateTraining[Candidate](
+            recipe,
+            args,
+            search_folder,
+            by,
+            on_stage,
+            describe=lambda c: f"T = {c.temperature:g}, alpha = {c.alpha:g}",
+            prepare=lambda context, c: {"temperature": c.temperature, "alpha": c.alpha},
+            save=lambda: save_search(search_folder, settings, candidates),
+        )
+        winner = training.run(candidates, plan)
         result = _result(candidates, plan, winner, recipe, search_folder, by)
         run_on_main(partial(write_json, search_folder / run_files.TEMPERATURE_SEARCH, {**settings, **asdict(result)}))
         run_on_main(partial(delete_checkpoints, search_folder, candidates, []))
     return result
-
-
-def _train_rungs(
-    candidates: list[Candidate],
-    plan: list[tuple[int, int]],
-    settings: SearchSettings,
-    recipe: Recipe,
-    args: DistillConfig,
-    folder: Path,
-    on_stage: Callable[[str], None],
-) -> Candidate:
-    """Train the candidates rung by rung and return the winner."""
-    context: RunContext | None = None
-    remaining, by = candidates, settings["by"]
-    for count, step in plan:
-        remaining = ranked(remaining, by)[:count]
-        run_on_main(partial(delete_checkpoints, folder, candidates, remaining))
-        for candidate in remaining:
-            if candidate.rungs and candidate.rungs[-1].step >= step:
-                continue
-            context = context or _load_context(recipe, args, folder, by, on_stage)
-            on_stage(f"T = {candidate.temperature:g}, alpha = {candidate.alpha:g}: to step {step}")
-            candidate.rungs.append(_train(context, candidate, step))
-            run_on_main(partial(save_search, folder, settings, candidates))
-    return remaining[0]
 
 
 def _result(
@@ -152,66 +131,6 @@ def compute_objective(metrics: dict[str, float]) -> float:
     return log(metrics["eval_perplexity"])
 
 
-class _StopAt(TrainerCallback):
-    """Stop training at a step, with a checkpoint to continue from."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if state.global_step >= self.step:
-            control.should_training_stop = True
-            control.should_save = state.global_step < state.max_steps
-
-
-def _load_context(
-    recipe: Recipe, args: DistillConfig, folder: Path, by: str, on_stage: Callable[[str], None]
-) -> RunContext:
-    """Load models and data once for all candidates.
-
-    Raises:
-        DistillError: the criterion is the KL, and a cache has no full distributions to compute it from.
-    """
-    check_launch(recipe)
-    write_smoke_cache(recipe, on_stage)
-    context = RunContext(recipe, args, folder, [], on_stage)
-    sparse = [path for path, facts in context.models.caches.items() if facts["kind"] != "hidden"]
-    if by == "kl" and sparse:
-        raise DistillError(
-            f"The cache {sparse[0]} has no full distributions, so the KL cannot be computed: judge by nll, or write a "
-            "cache of kind hidden."
-        )
-    return context
-
-
-def _train(context: RunContext, candidate: Candidate, step: int) -> Rung:
-    """Train a candidate from its last rung to a step, and evaluate it.
-
-    After a crash the newest checkpoint may belong to a rung that was not saved in the file; that rung is trained again.
-    """
-    folder = context.folder / candidate.name
-    changes = {
-        "temperature": candidate.temperature,
-        "alpha": candidate.alpha,
-        "output_dir": str(folder),
-        "save_strategy": "no",
-        "save_total_limit": None,
-        "save_only_model": False,
-        "load_best_model_at_end": False,
-        "eval_strategy": "no",
-        "push_to_hub": False,
-    }
-    trainer = context.trainer(candidate.name, changes=changes)
-    trainer.add_callback(_StopAt(step))
-    checkpoint = folder / f"checkpoint-{candidate.rungs[-1].step}" if candidate.rungs else None
-    set_seed(context.args.seed)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics = held_out_metrics(trainer.evaluate())
-    return Rung(step, log(metrics["perplexity"]), metrics.get("kl"), metrics.get("agreement"))
-
-
 def _check(recipe: Recipe, by: str) -> None:
     """Check that a recipe can be searched.
 
@@ -219,22 +138,7 @@ def _check(recipe: Recipe, by: str) -> None:
         DistillError: names every reason why it cannot.
     """
     require_text_generation(recipe, "The search of temperature and alpha")
-    problems = []
-    if by not in ("nll", "kl"):
-        problems.append(f"by is {by!r}; possible values are nll and kl")
-    if not (recipe.train.max_steps or 0) > 0:
-        problems.append("the recipe counts epochs: set train.max_steps, the number of steps of the winner")
-    if recipe.on_policy:
-        problems.append("the recipe is on-policy, so each candidate would be trained on different texts")
-    if recipe.stages:
-        problems.append("the recipe has stages: search for one of its stages, in a separate recipe")
-    if not recipe.kinds <= _REUSABLE_KINDS:
-        problems.append(
-            f"a teacher of kind {', '.join(sorted(recipe.kinds - _REUSABLE_KINDS))} changes with the student, or is "
-            "on a server, and all candidates are compared with one teacher that is loaded once; use a teacher of kind "
-            f"{', '.join(sorted(_REUSABLE_KINDS))}"
-        )
-    if problems:
+    if problems := search_problems(recipe, by):
         raise DistillError(f"Temperature and alpha cannot be searched: {'; '.join(problems)}.")
 
 

@@ -18,6 +18,7 @@ from .commands import (  # noqa: F401  each adds its commands to the app
     draft,
     generate,
     inspect,
+    prune,
     publish,
     recipes,
     report,

@@ -9,6 +9,7 @@ INSPECTION = "inspection.json"
 DIAGNOSIS = "diagnosis.json"
 RETENTION = "retention.json"
 TEMPERATURE_SEARCH = "temperature.json"
+SHAPE_SEARCH = "shapes.json"  # of `hf-distill prune` with target_parameters
 SAMPLES = "samples.json"
 DRAFT = "draft.json"
 CURVE = "curve.json"

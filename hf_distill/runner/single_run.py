@@ -198,8 +198,6 @@ class RunContext:
 
             rows = {"train_dataset": self.prompts}
         student = self.models.student(self.data.train, quantize=name != FULL_PRECISION)
-        if (pruner := self.models.pruner) is not None:
-            run_on_main(lambda: pruner.save(self.folder))
         trainer = kind(
             student,
             args,
@@ -258,11 +256,13 @@ class RunContext:
     def distill(self) -> tuple[Metrics, Metrics]:
         """Train the student; return its held-out metrics before and after the training."""
         trainer = self.trainer("student", on_policy=self.recipe.on_policy is not None)
+        if (pruner := self.models.pruner) is not None:
+            run_on_main(lambda: pruner.save(self.folder))
         self.on_stage("Distilling")
         seconds = self.train(trainer, "student")
         before = next(log for log in trainer.state.log_history if "eval_loss" in log)
         self._add_teacher(trainer)
-        self._describe(trainer)
+        self.describe(trainer)
         after = held_out_metrics(trainer.evaluate())
         export_teachers(trainer, self.recipe.export, self.folder)
         return held_out_metrics(before), {**after, "train_seconds": seconds}
@@ -287,7 +287,8 @@ class RunContext:
         values = {field.name: getattr(self.args, field.name) for field in fields(DistillArguments)}
         return DistillArguments(**values | changes)
 
-    def _describe(self, trainer: DistillTrainer) -> None:
+    def describe(self, trainer: DistillTrainer) -> None:
+        """Add the sizes of student and teacher, and what the student was pruned to, to the facts of the run."""
         assert trainer.model is not None
         self.facts["student"] = self._size(trainer.model)
         if trainer.teacher.model is not None:

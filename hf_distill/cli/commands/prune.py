@@ -1,0 +1,121 @@
+"""The command prune: writes the pruned student of a recipe, and searches its shape."""
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ...core.defaults import SEARCH_CRITERION, SEARCH_ETA, SHAPE_SEARCH_STEPS
+from ...core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
+from ..app import AsJson, Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..confirm import confirm_downloads
+
+if TYPE_CHECKING:
+    from ...analysis.shape_search import ShapeSearchResult
+    from ...runner.prune import PrunedModel
+
+
+@app.command()
+def prune(
+    recipe: Recipe,
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the student; it must not exist.")],
+    overrides: Overrides = None,
+    by: Annotated[
+        str,
+        typer.Option(help="Criterion of the search for target_parameters: nll of the labels, or kl to the teacher."),
+    ] = SEARCH_CRITERION,
+    eta: Annotated[int, typer.Option(help="After each rung of the search, one of ETA shapes continues.")] = SEARCH_ETA,
+    steps: Annotated[
+        int, typer.Option(help="Steps of which the search trains the best two shapes half.")
+    ] = SHAPE_SEARCH_STEPS,
+    smoke: Smoke = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow Python code from the repositories of the models.")
+    ] = False,
+    allow_pickles: Annotated[
+        bool,
+        typer.Option("--allow-pickles", help="Allow pickled weights; loading them can run arbitrary code."),
+    ] = False,
+) -> None:
+    """Prune a student from its teacher, and write it with its evaluation before training.
+
+    With student.from_teacher.target_parameters, shapes of this size are compared in short runs first, in OUTPUT-search;
+    an interrupted search continues when the command is repeated.
+    """
+    from ...recipe.load import load_recipe
+
+    requested = overrides or []
+    # The 4 steps of a smoke run are too few for the rungs.
+    loaded = load_recipe(recipe, [f"train.max_steps={steps}", *requested] if smoke else requested, smoke=smoke)
+    out.quiet |= as_json
+    confirm_downloads(recipe, loaded, yes)
+    disable_library_progress_bars()
+    from ...analysis.shape_search import as_json as search_values
+    from ...analysis.shape_search import find_shape
+    from ...runner.model_loading import LoadPolicy, load_policy
+    from ...runner.prune import check_prunable_recipe, prune_recipe
+    from ..progress import RichProgress
+
+    search = None
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
+        check_prunable_recipe(loaded, output)
+        cut = loaded.student.from_teacher
+        if cut is not None and cut.target_parameters is not None:
+            search = find_shape(loaded, f"{output}-search", by, eta, steps, progress.log_stage)
+            loaded = loaded.model_copy(deep=True)
+            loaded.student.from_teacher = search.from_teacher
+        model = prune_recipe(loaded, output, progress.log_stage, None if search is None else search_values(search))
+    if as_json:
+        values = {"folder": str(model.folder), "metrics": model.metrics, "student": model.student}
+        found = {} if search is None else {"search": search_values(search)}
+        sys.stdout.write(json.dumps({**values, "teacher": model.teacher, **found}, indent=2) + "\n")
+        return
+    if search is not None:
+        out.print(_search_table(search))
+    out.print(_table(model))
+    out.print(f"Student: {model.folder}", soft_wrap=True, highlight=False)
+    command = ["hf-distill", "run", recipe, *requested]
+    if search is not None:
+        sizes = search.from_teacher.model_dump(exclude_unset=True, exclude_defaults=True)
+        command.append(f"student.from_teacher={{{', '.join(f'{name}: {value}' for name, value in sizes.items())}}}")
+    command += ["--smoke"][: int(smoke)]
+    out.print(f"Train it: {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(model: "PrunedModel") -> Table:
+    """Return a table of teacher and student before training."""
+    shown = shown_metrics([model.metrics])
+    table = Table(title="Metrics on held-out rows, before training", box=None, pad_edge=False)
+    for heading in ("", "parameters", *(metric.title for metric in shown)):
+        table.add_column(heading, justify="right" if heading else "left")
+    teacher = metrics_of_teacher(model.metrics)
+    if teacher:
+        table.add_row("teacher", _millions(model.teacher.get("parameters")), *formatted(teacher, shown))
+    table.add_row("student", _millions(model.student.get("parameters")), *formatted(model.metrics, shown))
+    return table
+
+
+def _search_table(result: "ShapeSearchResult") -> Table:
+    """Return a table of all shapes, with the winner in bold."""
+    from ...core.pruned_sizes import shape_text
+
+    title = f"Shapes on held-out rows, the best by {result.by} first ({result.steps} steps in all)"
+    table = Table(title=title, box=None, pad_edge=False)
+    for heading in ("shape", "parameters", "NLL before", "steps", "NLL", "KL to teacher"):
+        table.add_column(heading, justify="left" if heading == "shape" else "right")
+    for number, candidate in enumerate(result.candidates):
+        first, last = candidate.rungs[0], candidate.rungs[-1]
+        sizes = {"layers" if name == "keep_layers" else name: size for name, size in candidate.sizes.items()}
+        values = [_millions(candidate.parameters), f"{first.nll:.3f}", f"{last.step}", f"{last.nll:.3f}"]
+        values.append("-" if last.kl is None else f"{last.kl:.3f}")
+        table.add_row(f"{candidate.name}: {shape_text(sizes)}", *values, style="" if number else "bold")
+    return table
+
+
+def _millions(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.1f}M"
