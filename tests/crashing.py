@@ -70,6 +70,7 @@ KINDS = {  # name of a packaged recipe, and overrides
     "chain": ("progressive", []),
     "capture": ("cached", []),
     "generate": ("sequence-level", _GENERATION),
+    "generate and train": ("sequence-level", _GENERATION),
 }
 FILES_ALONE = ("capture", "generate")  # kinds that train nothing
 

@@ -55,12 +55,25 @@ class ObjectiveFacts(TypedDict, total=False):
     by_origin: Mapping[str, Mapping[str, Any]] | None
 
 
+class GenerationFacts(TypedDict):
+    """The model that wrote the completions of a dataset, their number, and the number that the filters kept."""
+
+    model: str
+    completions: int
+    kept: int
+
+
 class SourceFacts(TypedDict, total=False):
-    """A dataset, with its commit on the Hub or the version of its package."""
+    """A dataset, with its commit on the Hub or the version of its package.
+
+    `generated` is set if a teacher wrote the completions: the model, and the numbers of completions that it wrote and
+    of those in the data.
+    """
 
     dataset: str | None
     revision: str
     version: str
+    generated: GenerationFacts
 
 
 class DatasetFacts(TypedDict, total=False):

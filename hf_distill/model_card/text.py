@@ -229,4 +229,9 @@ def _divergence(name: str | Mapping[str, object]) -> str:
 def _source(entry: SourceFacts) -> str:
     name = str(entry["dataset"])
     text = f"[{markdown(name)}](https://huggingface.co/datasets/{name})" if is_id(name) else code_span(name)
-    return text + (f", commit {code_span(entry['revision'][:12])}" if entry.get("revision") else "")
+    text += f", commit {code_span(entry['revision'][:12])}" if entry.get("revision") else ""
+    if generated := entry.get("generated"):
+        text += f", with {generated['kept']:,} completions by {code_span(generated['model'])}"
+        filtered = generated["kept"] < generated["completions"]
+        text += f" ({generated['completions']:,} before filters)" if filtered else ""
+    return text

@@ -1,7 +1,7 @@
 """Collect the data of a model card from the folder of a run."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from ..analysis.curve import compute, trained_tokens
 from ..core import run_files
@@ -11,8 +11,10 @@ from ..core.references import public_name
 from ..core.results import Metrics, Provenance, Results
 from ..core.server_urls import without_servers
 from ..errors import DistillError
+from ..generation.evaluation import GENERATED, KEPT
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, DatasetFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts, unmeasured
+from ..model_card.data import GenerationFacts
 from ..recipe.data import Eval, Source
 from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
@@ -93,6 +95,8 @@ def _recipe(run: Run) -> JSONObject:
     values = run.recipe.model_dump(exclude_none=True, exclude_defaults=True)
     values["distill"] = run.recipe.distill.model_dump()
     values["train"] = {**values["train"], "output_dir": f"runs/{run.folder.resolve().name}"}
+    if "generate" in values:
+        values["generate"] = {key: value for key, value in values["generate"].items() if key != "output_dir"}
     return without_servers(values)
 
 
@@ -192,6 +196,8 @@ def _sources(run: Run, provenance: Mapping[str, Provenance]) -> dict[str, Source
     if run.recipe.data.eval.path:
         sources["eval"] = run.recipe.data.eval
     facts: dict[str, SourceFacts] = {}
+    file = run.folder / run_files.GENERATED_DATA
+    evaluations = read_json(file)
     for name, source in sources.items():
         entry = provenance.get(f"data {name}", {})
         facts[name] = {"dataset": public_name(source.path)}
@@ -199,7 +205,16 @@ def _sources(run: Run, provenance: Mapping[str, Provenance]) -> dict[str, Source
             facts[name]["revision"] = entry["revision"]
         if "version" in entry:
             facts[name]["version"] = entry["version"]
+        if evaluation := evaluations.get(name):
+            with damage_reported(file):
+                facts[name]["generated"] = _generation(evaluation)
     return facts
+
+
+def _generation(evaluation: Mapping[str, Any]) -> GenerationFacts:
+    kept = evaluation["measures"][KEPT]["rows"]
+    completions = evaluation["measures"].get(GENERATED, {}).get("rows", kept)
+    return {"model": evaluation["model"], "completions": completions, "kept": kept}
 
 
 def _training(run: Run) -> TrainingFacts:

@@ -8,6 +8,7 @@ from ..core.io import read_logs, read_results
 from ..core.references import path_exists
 from ..core.results import Metrics, Results
 from ..errors import DistillError
+from ..recipe.generation import Generation
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
 
@@ -96,4 +97,17 @@ def open_run(folder: str | Path) -> Run:
             f"{folder / run_files.RECIPE} is missing, so {folder} is not the folder of a run. "
             f"`{WRITTEN_BY[run_files.RECIPE]}` writes it."
         )
-    return Run(folder, load_recipe(str(folder / run_files.RECIPE)))
+    return Run(folder, _with_moved_data(load_recipe(str(folder / run_files.RECIPE)), folder))
+
+
+def _with_moved_data(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a run with the generated data in its folder, if the folder was moved after the run."""
+    found = folder / run_files.GENERATED
+    if (
+        recipe.data.generated
+        and found.is_dir()
+        and not any(Path(recipe.generated_folder(name)).is_dir() for name in recipe.data.generated)
+    ):
+        options = recipe.generate or Generation.model_validate({})
+        return recipe.model_copy(update={"generate": options.model_copy(update={"output_dir": str(found)})})
+    return recipe

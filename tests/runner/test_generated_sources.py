@@ -9,16 +9,21 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from hf_distill.analysis import open_run
 from hf_distill.core.targets import IGNORE_INDEX
 from hf_distill.data import load_examples
 from hf_distill.errors import DistillError
 from hf_distill.generation.backends import local
+from hf_distill.model_card import build_card
+from hf_distill.publishing.card_data import run_card_data
 from hf_distill.recipe import run_recipe
+from hf_distill.recipe.generation import Generation
 from hf_distill.recipe.load import load_recipe, recipes_by_stage
 from hf_distill.runner import generation_phase, progressive, single_run
 from hf_distill.runner.datasets import prepare_data
 from hf_distill.runner.generate import generate_data
 from hf_distill.runner.generation_phase import generate_sources
+from hf_distill.runner.run_results import Run
 from hf_distill.runner.tasks import task_of
 
 ROWS = [{"prompt": f"text {i}", "completion": f" reference {i}"} for i in range(10)]
@@ -290,6 +295,19 @@ def test_the_commands_generate_and_run_do_the_same_in_a_smoke_run(run_cli, recip
     assert "Generating" not in result.stdout
     assert (folder / "results.json").is_file()
     assert (folder / "control" / "config.json").is_file()
+    folder.rename(tmp_path / "moved")
+    run = open_run(tmp_path / "moved")
+    assert run.recipe.generated_folder("task") == str(tmp_path / "moved" / "generated" / "task")
+    assert len(prepare_data(run.recipe, task_of(run.recipe).load_processor(), 42, 1).train) == 16
+    card = run_card_data(run, "org/student", "apache-2.0", lookup=lambda model, revision: None)
+    facts = {"model": "smoke:llama/teacher", "completions": 16, "kept": 16}
+    assert card.data["sources"]["task"]["generated"] == facts
+    assert "package:builtins`, with 16 completions by `smoke:llama/teacher`." in build_card(card).content
+    shared = run.recipe.model_copy(update={"generate": Generation(output_dir="/home/me/secret", url=None)})
+    assert (
+        "output_dir"
+        not in run_card_data(Run(run.folder, shared), "org/s", "mit", lookup=lambda *_: None).recipe["generate"]
+    )
     recipe_of(name="plain")
     result = run_cli("generate", str(tmp_path / "plain.yaml"), "data.task.generate=false")
     assert result.returncode == 2
