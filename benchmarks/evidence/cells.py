@@ -34,7 +34,7 @@ class Cell:
 
 _OURS = ("rows=", "stages=")  # changes that are no overrides
 _PURE = ("distill.alpha=1", "distill.temperature=1")
-_HIDDEN = "{name: hidden_cosine, weight: 1.0}"
+_HIDDEN = "{name: hidden_cosine, weight: 1.0, layers: stretch}"
 _ATTENTION = "{name: attention_kl, weight: 0.05, layers: last:2}"
 _CUT_FROM_TEACHER = "student.model=" + TEACHER  # of which it is cut where the teacher is not a model of its own
 

@@ -10,8 +10,9 @@ from ..analysis.verdicts import Verdict
 from ..core import run_files
 from ..core.files import file_entry
 from ..core.held_out_metrics import CONTROL_TITLES, formatted, has_any, metrics_of_teacher, shown_metrics
+from ..core.pruned_sizes import shape_text
 from ..core.quantized_titles import with_quantization
-from ..core.results import Metrics
+from ..core.results import Metrics, Results
 from ..recipe.tasks import target_noun
 from ..runner.run_results import Run
 from . import plots
@@ -90,7 +91,7 @@ def results(run: Run) -> Section:
         if has_any(metrics := models.get(name, {}), shown):
             rows.append([title, *formatted(metrics, shown)])
     table = Table(["held-out rows", *(metric.title for metric in shown)], rows)
-    return Section("results", "Results", [_summary(models, run.recipe.control)], [table])
+    return Section("results", "Results", [_summary(models, run.recipe.control), *_shape(run.results)], [table])
 
 
 def training(run: Run) -> Section:
@@ -130,6 +131,18 @@ def provenance(run: Run) -> Section:
         table,
         code=[run.path(run_files.RECIPE).read_text(), text],
     )
+
+
+def _shape(results: Results) -> list[str]:
+    """Return a sentence on what the student was pruned to; nothing if it was not pruned."""
+    student, teacher = results.get("student", {}), results.get("teacher", {})
+    layers = student.get("layers_kept")
+    shape = shape_text({"layers": len(layers) if layers else None, **student.get("widths", {})})
+    if not shape:
+        return []
+    sizes = [model["parameters"] for model in (student, teacher) if "parameters" in model]
+    text = " of ".join(f"{size / 1e6:,.1f}M" for size in sizes)
+    return [f"The student was pruned to {shape}{f': {text} parameters' if len(sizes) == 2 else ''}."]
 
 
 def _summary(models: dict[str, Metrics], control_kind: str | None) -> str:

@@ -63,6 +63,35 @@ def test_the_text_follows_from_the_data():
     assert "Accepted by the author: teacher: forbids it." in text
 
 
+@pytest.mark.parametrize(
+    ("model", "pruned", "text", "origin"),
+    [
+        (
+            "org/large",
+            {"layers_kept": [0, 2], "widths": {"hidden_size": 48}},
+            "A model with 1.5M parameters, made of 2 of its teacher's blocks, pruned to hidden size 48, distilled from",
+            "Student: blocks 0, 2 of [org/large](https://huggingface.co/org/large), pruned to hidden size 48.",
+        ),
+        (
+            "org/large",
+            {"widths": {"intermediate_size": 1024, "num_attention_heads": 6}},
+            "A model with 1.5M parameters, its teacher pruned to intermediate size 1,024, 6 attention heads, distilled",
+            "Student: [org/large](https://huggingface.co/org/large), pruned to intermediate size 1,024, 6 attention heads.",
+        ),
+        (
+            "org/base",
+            {"widths": {"num_experts": 4}},
+            "A model with 1.5M parameters, [org/base](https://huggingface.co/org/base) pruned to 4 experts, distilled",
+            "Student: [org/base](https://huggingface.co/org/base), pruned to 4 experts.",
+        ),
+    ],
+)
+def test_a_card_states_the_shape_of_a_pruned_student(model, pruned, text, origin):
+    card = build_card(replace(FACTS, student={"model": model, "parameters": 1_500_000, **pruned})).text
+    assert text in card
+    assert origin in card
+
+
 def test_a_card_lists_the_losses_of_each_author():
     by_origin = {"teacher": {"divergence": {"name": "skew_kl", "lam": 0.1}, "alpha": 0.9}, "student": {"alpha": 1}}
     text = build_card(replace(FACTS, objective={**FACTS.objective, "by_origin": by_origin})).text

@@ -16,6 +16,7 @@ from hf_distill.filters import apply_filters
 from hf_distill.filters.text_filters import Length
 from hf_distill.generation.evaluation import evaluate_data_set
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.report import run_sections
 from hf_distill.report.html import report
 from hf_distill.report.samples import write_samples
 
@@ -117,6 +118,12 @@ def test_the_report_shows_the_results_of_the_run(folder):
         assert source in text
     assert "keep_layers: 3" in text
     assert run.results["environment"]["torch"] in text
+
+
+def test_the_report_states_what_the_student_was_pruned_to(folder):
+    run = open_run(folder)
+    (text,) = run_sections.results(run).text[1:]
+    assert re.fullmatch(r"The student was pruned to 3 layers: 0\.1M of 0\.2M parameters\.", text), text
 
 
 def test_the_report_shows_the_results_of_the_analysis_commands(folder):
