@@ -76,7 +76,7 @@ def test_the_text_follows_from_the_data():
             "org/large",
             {"widths": {"intermediate_size": 1024, "num_attention_heads": 6}},
             "A model with 1.5M parameters, its teacher pruned to intermediate size 1,024, 6 attention heads, distilled",
-            "Student: [org/large](https://huggingface.co/org/large), pruned to intermediate size 1,024, 6 attention heads.",
+            "[org/large](https://huggingface.co/org/large), pruned to intermediate size 1,024, 6 attention heads.",
         ),
         (
             "org/base",
