@@ -48,9 +48,9 @@ class TokenSignals:
     """The distributions that were predicted for one completion.
 
     prompt: token ids of the prompt
-    tokens: token ids of the completion
-    values: name -> [N, ...]: entry i is the distribution of token i of the completion; entry len(tokens), if there is
-            one, is that after the completion
+    tokens: token ids of the completion, and the end-of-text token after one that was cut off, if it was read
+    values: name -> [N, ...]: entry i is the distribution of token i; entry len(tokens), if there is one, is that of the
+            token that follows
     """
 
     prompt: Sequence[int]

@@ -135,7 +135,9 @@ def local_setup(
     config = load_pretrained(AutoConfig, str(spec.loaded_model), revision=spec.revision)
     rendered = _render(recipe, options, sources, tokenizer)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    kept = _fitting(sources, {index: len(each) for index, each in rendered.ids.items()}, context, options)
+    further = 0 if capture is None else 1  # the end-of-text token that is read after a completion that is cut off
+    lengths = {index: len(each) + further for index, each in rendered.ids.items()}
+    kept = _fitting(sources, lengths, context, options)
     identity: JSONObject = {"model": str(spec.loaded_model), "revision": spec.revision, "dtype": spec.dtype}
     identity["quantization"] = spec.quantization
     on_stage(f"Loading {spec.loaded_model}")

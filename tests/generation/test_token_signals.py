@@ -80,13 +80,19 @@ def test_recorded_distributions_are_those_of_one_forward_and_include_that_after_
     for each in completions:
         signals = each.signals
         assert list(signals.prompt) == IDS[each.index]
-        assert len(signals.tokens) == each.tokens <= 8
+        count, is_cut = len(next(iter(signals.values.values()))), each.finish_reason == "length"
+        if is_cut:  # the end-of-text token follows, which the training adds
+            assert each.tokens == 8
+            assert signals.tokens[8:] == [TOKENIZER.eos_token_id]
+        if not stop or is_cut:
+            assert len(signals.tokens) == each.tokens + is_cut
+            assert count == len(signals.tokens) + 1
+        assert each.tokens <= 8
+        assert len(signals.tokens) >= each.tokens
+        assert count in (len(signals.tokens), len(signals.tokens) + 1)
         assert not {*signals.tokens[:-1]} & {*end}
-        ends_itself = signals.tokens[-1] in end or (each.tokens == 8 and each.finish_reason == "length")
-        count = len(next(iter(signals.values.values())))
-        assert count in ((each.tokens + 1,) if ends_itself and not stop else (each.tokens, each.tokens + 1))
         check(signals, forward(model, signals, capture), count)
-    assert len({each.tokens for each in completions}) > 2
+    assert len({each.tokens for each in completions}) > 1
     assert {each.finish_reason for each in completions} == {"stop", "length"}
     assert stop or complete(backend) == completions
 

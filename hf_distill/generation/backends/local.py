@@ -21,10 +21,16 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 
 from ...core.json_types import JSONObject
 from ...errors import DistillError, RunError
-from ...teachers.remote.api import RowTensors
 from ..completion import Completion, FinishReason, Part, Request, SamplingSettings, cut_at_stop
 from ..token_signals import Capture, TokenSignals
-from .recorder import OneStepAfterEnd, PaddedRecorder, RequestWithOneMoreStep, SignalRecorder, record_requests
+from .recorder import (
+    STEPS_AFTER_END,
+    OneStepAfterEnd,
+    PaddedRecorder,
+    RequestWithOneMoreStep,
+    SignalRecorder,
+    record_requests,
+)
 from .row_dropping import generate_and_drop_rows
 
 _CPU_PAGE_TOKENS = 32
@@ -38,7 +44,7 @@ class _Generated:
     ids: list[int]
     log_probs: list[float]
     is_stopped: bool = False
-    values: RowTensors | None = None
+    signals: TokenSignals | None = None
 
 
 class TransformersBackend:
@@ -56,7 +62,8 @@ class TransformersBackend:
         batch_size: largest number of requests that are generated at the same time.
         model_identity: what names the model.
         capture: what is recorded of the distributions; None: nothing. A completion is then generated with one more
-            step, after which the distribution that follows its last token is known.
+            step, and the end-of-text token follows one that is cut off, so that the distributions of the tokens are
+            known that the training adds.
     """
 
     name = "transformers"
@@ -94,10 +101,12 @@ class TransformersBackend:
             prompts = [self.encode(request) for request in part.requests]
             recorder = None
             if self.capture is not None:
-                recorder = SignalRecorder(self.model, self.capture, prompts, self._max_steps)
+                recorder = SignalRecorder(
+                    self.model, self.capture, prompts, self._max_steps, self.tokenizer.eos_token_id
+                )
             with nullcontext() if recorder is None else recorder.watch_head():
                 completions = [
-                    self._completion(part.requests[index], prompts[index], generated)
+                    self._completion(part.requests[index], generated)
                     for index, generated in generate(prompts, part.seed, on_tokens, recorder)
                 ]
             yield part, completions
@@ -107,7 +116,7 @@ class TransformersBackend:
 
     @property
     def _max_steps(self) -> int:
-        return self.settings.max_new_tokens + (self.capture is not None)
+        return self.settings.max_new_tokens + (0 if self.capture is None else STEPS_AFTER_END)
 
     def _generation_config(self) -> GenerationConfig:
         """Return the settings of `generate`; of the model's own generation config only the end-of-text ids apply."""
@@ -165,10 +174,11 @@ class TransformersBackend:
                         del names[result.request_id]
                         if not result.is_finished():
                             manager.cancel_request(result.request_id)
-                        values = None
+                        signals = None
                         if recorder is not None:
-                            values = recorder.values(index, min(len(result.generated_tokens), len(ids) + 1))
-                        yield index, _Generated(ids, list(result.logprobs[: len(ids)]), is_stopped, values)
+                            tokens = result.generated_tokens
+                            signals = recorder.signals(index, self._until_end(tokens, self._max_steps), len(tokens))
+                        yield index, _Generated(ids, list(result.logprobs[: len(ids)]), is_stopped, signals)
             finally:
                 manager.stop(block=True, hard_stop=bool(names))
                 manager.destroy()
@@ -265,14 +275,16 @@ class TransformersBackend:
         rows = [self._until_stop(*row) for row in zip(new, log_probs or [[]] * len(new), strict=True)]
         if recorder is None or of_steps is None:
             return rows
-        counts = [min(count, len(row.ids) + 1) for count, row in zip(of_steps.counts.tolist(), rows, strict=True)]
-        values = [recorder.values(*pair) for pair in zip(indices, counts, strict=True)]
-        return [replace(row, values=each) for row, each in zip(rows, values, strict=True)]
+        found = list[_Generated]()
+        for index, ids, count, row in zip(indices, new, of_steps.counts.tolist(), rows, strict=True):
+            signals = recorder.signals(index, self._until_end(ids[:count], self._max_steps), count)
+            found.append(replace(row, signals=signals))
+        return found
 
-    def _until_end(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids of a completion without what follows its end-of-text token or `max_new_tokens`."""
+    def _until_end(self, ids: Sequence[int], limit: int | None = None) -> list[int]:
+        """Return ids without what follows the end-of-text token or `limit` tokens; None: `max_new_tokens`."""
         end = next((i + 1 for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        return list(ids[: min(end, self.settings.max_new_tokens)])
+        return list(ids[: min(end, limit or self.settings.max_new_tokens)])
 
     def _until_stop(self, ids: list[int], log_probs: list[float]) -> _Generated:
         """Return a row of a padded batch without what follows its end-of-text token or its stop text."""
@@ -290,7 +302,7 @@ class TransformersBackend:
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _completion(self, request: Request, prompt: Sequence[int], generated: _Generated) -> Completion:
+    def _completion(self, request: Request, generated: _Generated) -> Completion:
         text = self._decode(generated.ids)
         cut = cut_at_stop(text, self.settings.stop) if self.settings.stop else None
         is_ended = generated.is_stopped or cut is not None or bool({*generated.ids[-1:]} & self.eos_ids)
@@ -306,7 +318,7 @@ class TransformersBackend:
             reason,
             len(generated.ids),
             mean,
-            None if generated.values is None else TokenSignals(prompt, generated.ids, generated.values),
+            generated.signals,
         )
 
 

@@ -3,6 +3,10 @@
 `SignalRecorder` has a place for each token that a part may generate, on the model's device. Every step writes the
 distributions of its tokens into their places, so that nothing is read from the device before the end of the part, and
 the writes can be part of a CUDA graph.
+
+The training adds an end-of-text token to a completion that was cut off, and a chat template may add a token after the
+end-of-text token. Their distributions are recorded too: a completion that reaches the largest number of tokens is
+followed by the end-of-text token, and every completion by one more step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +26,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from ...errors import DistillError
 from ...teachers.remote.api import RowTensors
-from ..token_signals import HIDDEN, IDS, LOG_PROBS, Capture, top_k_values
+from ..token_signals import HIDDEN, IDS, LOG_PROBS, Capture, TokenSignals, top_k_values
+
+STEPS_AFTER_END = 2  # of a completion that is cut off: the end-of-text token, and one more step
 
 
 class SignalRecorder:
@@ -32,11 +38,19 @@ class SignalRecorder:
         model: the model.
         capture: what is recorded.
         prompts: token ids of the prompts.
-        steps: largest number of steps of a prompt.
+        steps: largest number of steps of a prompt, with those after the end.
+        end_id: the end-of-text token; None if there is none.
     """
 
-    def __init__(self, model: PreTrainedModel, capture: Capture, prompts: Sequence[list[int]], steps: int):
-        self.capture, self.prompts, self.steps = capture, prompts, steps
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capture: Capture,
+        prompts: Sequence[list[int]],
+        steps: int,
+        end_id: int | None = None,
+    ):
+        self.capture, self.prompts, self.steps, self.end_id = capture, prompts, steps, end_id
         self.unused = len(prompts) * steps  # the place of tokens that are not recorded
         head = cast(nn.Module, model.get_output_embeddings())
         vocab_size, width = cast(Tensor, head.weight).shape
@@ -91,10 +105,31 @@ class SignalRecorder:
         """Return the place of token `number` after prompt `index`."""
         return index * self.steps + number if 0 <= number < self.steps else self.unused
 
-    def values(self, index: int, count: int) -> RowTensors:
-        """Return the distributions of the first tokens after a prompt, on the CPU."""
+    def force_end(self, logits: Tensor, places: Tensor) -> Tensor:
+        """Return the logits [N, V], which are those of the end-of-text token alone after a completion that is cut off.
+
+        Args:
+            logits: [N, V].
+            places: [N] place of each token; `place` gives it.
+        """
+        is_cut = places.to(logits.device) % self.steps == self.steps - STEPS_AFTER_END
+        if self.end_id is None or (logits.device.type == "cpu" and not is_cut.any()):
+            return logits
+        is_other = torch.arange(logits.shape[-1], device=logits.device) != self.end_id
+        return logits.masked_fill(is_cut[:, None] & is_other, -torch.inf)
+
+    def signals(self, index: int, tokens: Sequence[int], count: int) -> TokenSignals:
+        """Return the distributions after a prompt, on the CPU.
+
+        Args:
+            index: index of the prompt.
+            tokens: token ids that were generated, until the end-of-text token.
+            count: number of steps.
+        """
         start = self.place(index, 0)
-        return {name: tensor[start : start + count].cpu().clone() for name, tensor in self._values.items()}
+        end = start + min(count, len(tokens) + 1)
+        values = {name: tensor[start:end].cpu().clone() for name, tensor in self._values.items()}
+        return TokenSignals(self.prompts[index], tokens, values)
 
 
 class PaddedRecorder(LogitsProcessor):
@@ -113,11 +148,12 @@ class PaddedRecorder(LogitsProcessor):
         self.counts = torch.zeros(len(indices), dtype=torch.long)  # [B] recorded distributions of each row
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Record the distributions of a step, and return the logits [N, V] as they are."""
+        """Record the distributions of a step, and return the logits [N, V]; see `SignalRecorder.force_end`."""
         number = input_ids.shape[1] - self._width
-        self._recorder.record(scores.float(), (self._first[self._rows] + number).to(scores.device))
+        places = self._first[self._rows] + number
+        self._recorder.record(scores.float(), places)
         self.counts[self._rows] = number + 1
-        return scores
+        return self._recorder.force_end(scores, places)
 
     def keep_rows(self, rows: Tensor, input_ids: Tensor) -> None:
         """Go on with some of the rows; see `FollowsRows`."""
@@ -185,9 +221,10 @@ class ContinuousRecorder(ContinuousBatchingLogitsProcessor):
         return places
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """Record the distributions, and return the logits as they are."""
-        self._recorder.record(scores, tensor_arg[: len(scores)])
-        return scores
+        """Record the distributions, and return the logits; see `SignalRecorder.force_end`."""
+        places = tensor_arg[: len(scores)]
+        self._recorder.record(scores, places)
+        return self._recorder.force_end(scores, places)
 
 
 def record_requests(manager: ContinuousBatchingManager, recorder: SignalRecorder, indices: dict[str, int]) -> None:
