@@ -134,7 +134,7 @@ def local_source(
         tokenizer: Its tokenizer.
         prompt: Token ids of any prompt, with which the output head is measured.
         capture: What is recorded.
-        batching: `generate.batching`.
+        batching: How the backend batches: continuous or padded.
 
     Raises:
         DistillError: The teacher cannot teach the student, or its hidden states cannot be recorded.

@@ -153,13 +153,13 @@ def local_setup(
         return Setup(kept, rendered.opened, vllm, source)
     model = _load_model(spec, config)
     identity["weights"] = weights_fingerprint(model)
-    source = None
-    if capture is not None:
-        prompt = rendered.ids[kept[0].prompt.index]
-        source = local_source(recipe, spec, model, tokenizer, prompt, capture, options.batching)
     backend = TransformersBackend(
         model, tokenizer, encode, settings, options.batching, options.batch_size, identity, capture
     )
+    source = None
+    if capture is not None:
+        prompt = rendered.ids[kept[0].prompt.index]
+        source = local_source(recipe, spec, model, tokenizer, prompt, capture, backend.batching)
     return Setup(kept, rendered.opened, backend, source)
 
 

@@ -68,7 +68,7 @@ def check(signals, expected, count):
 
 @pytest.mark.parametrize("capture", [Capture("top_k", K, 2.0), Capture("hidden", 0)], ids=["top_k", "hidden"])
 @pytest.mark.parametrize("batching", ["continuous", "padded"])
-@pytest.mark.parametrize("stop", [(), ("e", "ne")], ids=["", "stop"])
+@pytest.mark.parametrize("stop", [(), ("s", "o")], ids=["", "stop"])
 def test_recorded_distributions_are_those_of_one_forward_and_include_that_after_the_end(
     capture, batching, stop, model, monkeypatch
 ):
