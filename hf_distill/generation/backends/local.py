@@ -276,9 +276,9 @@ class TransformersBackend:
         if recorder is None or of_steps is None:
             return rows
         found = list[_Generated]()
-        for index, ids, count, row in zip(indices, new, of_steps.counts.tolist(), rows, strict=True):
+        for index, ids, count, each in zip(indices, new, of_steps.counts.tolist(), rows, strict=True):
             signals = recorder.signals(index, self._until_end(ids[:count], self._max_steps), count)
-            found.append(replace(row, signals=signals))
+            found.append(replace(each, signals=signals))
         return found
 
     def _until_end(self, ids: Sequence[int], limit: int | None = None) -> list[int]:
