@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.defaults import GENERATION_PROMPT_TOKENS, GPU_BANDWIDTH_TB_PER_SECOND
+from ..core.defaults import GENERATION_PROMPT_TOKENS, GPU_BANDWIDTH_TB_PER_SECOND, SAMPLES_PER_TOKEN, TOP_K_IDS
 from ..core.references import reference_kind
 from ..data.load import load_columns
 from ..recipe.generation import Generation
 from ..recipe.schema import Recipe
 from ..runner.generated_sources import generation_rows, seed_of
+from .cache_size import kinds_of
 from .flops import Flops
 from .memory import weight_bytes
 from .model_stats import ModelStats
@@ -83,6 +84,7 @@ class GenerationPlan:
     is_upper_bound:    whether `completion_tokens` is the largest number, `max_new_tokens`
     tokens:            tokens to generate
     disk:              bytes of the folder, before filters: the data set, and all completions
+    cache:             bytes of the teacher cache, before filters, and of the recorded distributions; 0 without `cache`
     local:             None for a server
     server_hours:      hours at the given rate; None without a rate, and for other backends
     """
@@ -96,6 +98,7 @@ class GenerationPlan:
     is_upper_bound: bool
     tokens: int
     disk: float
+    cache: float
     local: LocalGeneration | None
     server_hours: float | None
 
@@ -132,11 +135,30 @@ def plan_generation(
         is_upper_bound=rates.completion_tokens is None,
         tokens=requests * length,
         disk=text * _BYTES_PER_TOKEN * _PARQUET_SHARE,
+        cache=requests * length * _cache_bytes(teacher, options, rates.prompt_tokens + length),
         local=None
         if options.backend == "server"
         else _plan_local(recipe, teacher, options, requests, (rates.prompt_tokens, length), rates, usable, speed),
         server_hours=hours,
     )
+
+
+def _cache_bytes(teacher: ModelStats, options: Generation, length: int) -> float:
+    """Return the bytes that `generate.cache` takes for each token: the cache, and what was recorded for it.
+
+    Args:
+        teacher: the teacher.
+        options: the section `generate`.
+        length: tokens of a row.
+    """
+    if options.cache is None:
+        return 0.0
+    kinds = {kind.kind: kind.bytes_per_token for kind in kinds_of(teacher.vocab, teacher.hidden, length)}
+    k = options.k or TOP_K_IDS
+    if options.cache == "top_k":
+        return kinds["top_k"] * k / TOP_K_IDS + 8 * k  # an id and a log-probability in 4 bytes each
+    share = (options.samples_per_token or SAMPLES_PER_TOKEN) / SAMPLES_PER_TOKEN if options.cache == "sampled" else 1
+    return kinds[options.cache] * share + teacher.hidden * teacher.dtype.itemsize
 
 
 def count_prompts(recipe: Recipe, options: Generation) -> int | None:

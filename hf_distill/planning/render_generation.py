@@ -29,7 +29,9 @@ def generation_lines(generation: GenerationPlan | None, mfu: float) -> list[str]
         lines.append("Time: pass the rate of the server with --tokens-per-second")
     else:
         lines.append(f"Time: {number_text(generation.server_hours)} hours at the rate of the server")
-    lines.append(f"Size: about {bytes_text(round(generation.disk))} on the disk, before filters, for English text")
+    cache = f", and {bytes_text(round(generation.cache))} for the teacher cache" if generation.cache else ""
+    disk = bytes_text(round(generation.disk))
+    lines.append(f"Size: about {disk} on the disk, before filters, for English text{cache}")
     return lines
 
 

@@ -236,7 +236,13 @@ def generation_problems(recipe: "Recipe") -> list[str]:
         return problems
     for name in generated:
         problems += [f"data.{name}.{problem}" for problem in _source_problems(recipe, name)]
-    backend = (recipe.generate or Generation.model_validate({})).backend
+    options = recipe.generate or Generation.model_validate({})
+    if options.cache:
+        problems.append(
+            f"generate.cache: a run that generates the completions of data.{generated[0]} trains with its teacher, not "
+            "with a cache: remove cache, or remove generate: true and run `hf-distill generate RECIPE -o DIR`"
+        )
+    backend = options.backend
     teacher = recipe.teacher.source_teacher if recipe.teacher else None
     if backend != "server" and (teacher is None or teacher.kind != "frozen"):
         problems.append(

@@ -79,11 +79,6 @@ def capture_of(recipe: Recipe, options: Generation) -> Capture | None:
     problems, temperature = [], recipe.distill.soft_temperature or 1.0
     if recipe.on_policy:
         problems.append("an on-policy recipe trains on completions of the student, which no cache holds")
-    if recipe.data.generated:
-        problems.append(
-            "a run that generates the completions of sources with generate: true trains with its teacher, not with a "
-            "cache: remove generate: true, and run `hf-distill generate RECIPE -o DIR`"
-        )
     if recipe.is_cross_tokenizer:
         problems.append(
             "distill.cross_tokenizer is set, and the distributions are those of the student's tokens: write the cache "

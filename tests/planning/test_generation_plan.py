@@ -177,3 +177,20 @@ def test_a_chain_generates_once(run_cli, recipe_of, tmp_path):
     assert plans["stage-1"]["generation"]["tokens"] == 100 * 4 * 1000
     result = run_cli("plan", str(tmp_path / "recipe.yaml"), "--prompts", "100")
     assert result.stdout.count("Generation with backend transformers") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({"cache": "top_k"}, 8 * 64 + 88, 8 * 64 + 88 + 2.2 * 64),
+        ({"cache": "top_k", "k": 16}, 8 * 16 + 22, 8 * 16 + 22 + 2.2 * 16),
+        ({"cache": "hidden"}, 2 * 4096 + 2 * 4096, 2 * 4096 + 2 * 4096 + 1),
+        ({"cache": "sampled", "samples_per_token": 24}, 2 * 4096 + 20, 2 * 4096 + 60),
+        ({}, 0, 0),
+    ],
+)
+def test_a_cache_adds_its_size_and_that_of_the_recorded_distributions(options, least, most, recipe_of):
+    recipe = recipe_of("data.task.generate=false", generate={"max_new_tokens": 100, **options})
+    generation = generation_of(recipe, RATES)
+    assert least <= generation.cache / generation.tokens <= most
+    assert ("for the teacher cache" in text_of(generation)) == bool(options)
