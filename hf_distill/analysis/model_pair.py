@@ -24,7 +24,7 @@ from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
 from ..runner.run_results import Run
 from ..runner.teacher_only import load_teacher_and_data
-from ..teachers import CrossTokenizerTeacher
+from ..teachers import CrossTokenizerTeacher, TrimmedVocabularyTeacher
 
 _ONE_TOKENIZER = (
     "The teacher of the recipe has another tokenizer than the student (distill.cross_tokenizer), and this analysis "
@@ -66,6 +66,7 @@ class ModelPair:
     temperature, alpha, divergence: of the objective
     smoke:       for a smoke run, a sentence that states it; else None
     cross_tokenizer_teacher: a teacher with another tokenizer, which has it, and its model is `teacher`; else None
+    full_vocabulary_teacher: the teacher of a student with a trimmed vocabulary, whose model is `teacher`; else None
     """
 
     teacher: nn.Module | None
@@ -81,6 +82,7 @@ class ModelPair:
     divergence: str | dict[str, object] = DIVERGENCE
     smoke: str | None = None
     cross_tokenizer_teacher: CrossTokenizerTeacher | None = None
+    full_vocabulary_teacher: TrimmedVocabularyTeacher | None = None
 
     @classmethod
     def of_recipe(
@@ -120,6 +122,7 @@ class ModelPair:
             recipe.distill.divergence,
             smoke_run(recipe),
             teacher if isinstance(teacher, CrossTokenizerTeacher) else None,
+            teacher if isinstance(teacher, TrimmedVocabularyTeacher) else None,
         )
 
     @classmethod
@@ -177,7 +180,9 @@ class ModelPair:
             if len(targets):
                 num_targets += len(targets)
                 token_source = source.flatten()[targets.positions] if self.sources and source is not None else None
-                teacher, student = _logits(self.teacher, *of_teacher), _logits(self.student, inputs, targets)
+                full = self.full_vocabulary_teacher
+                teacher = _logits(self.teacher, *of_teacher) if full is None else full.logits(*of_teacher)
+                student = _logits(self.student, inputs, targets)
                 yield PairBatch(inputs, targets, teacher, student, token_source)
         if not num_targets:
             raise DistillError(

@@ -36,7 +36,9 @@ class RunModels:
     def load(self, name: str) -> nn.Module:
         """Return the teacher, "before" (the student before training), the student or the control."""
         if name == "before":
-            return student_before(self.run, self.pair.teacher).to(self.pair.device)
+            full = self.pair.full_vocabulary_teacher
+            kept_ids = None if full is None else full.kept_ids.tolist()
+            return student_before(self.run, self.pair.teacher, kept_ids).to(self.pair.device)
         if name == "control":
             return load_model(self.run.path("control"), self.pair.device)
         model = {"teacher": self.pair.teacher, "student": self.pair.student}[name]
@@ -45,7 +47,7 @@ class RunModels:
 
     def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer of a model: all but the teacher have the student's."""
-        of_teacher = self.pair.cross_tokenizer_teacher
+        of_teacher = self.pair.cross_tokenizer_teacher or self.pair.full_vocabulary_teacher
         tokenizer = self.pair.tokenizer if name != "teacher" or of_teacher is None else of_teacher.tokenizer
         assert tokenizer is not None
         return tokenizer
@@ -62,6 +64,8 @@ class RunModels:
             count: length of the student's prompt, see `prompt_length`.
         """
         prompt = list(row["input_ids"])[:count]
+        if name == "teacher" and (full := self.pair.full_vocabulary_teacher) is not None:
+            return full.kept_ids[torch.tensor(prompt)].tolist()
         teacher = self.pair.cross_tokenizer_teacher
         if name != "teacher" or teacher is None:
             return prompt

@@ -9,6 +9,7 @@ _WORDS = {
     "moe_intermediate_size": "intermediate size of experts {:,}",
     "num_attention_heads": "{:,} attention heads",
     "num_experts": "{:,} experts",
+    "vocab_size": "{:,} tokens",
 }
 
 

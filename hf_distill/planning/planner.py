@@ -17,7 +17,7 @@ from .decoding import Decoding
 from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewest_gpus
 from .flops import six_nd
 from .generation import GenerationPlan, GenerationRates, plan_generation
-from .pruned import student_config
+from .pruned import student_config, trimmed_vocab_size
 from .shapes import model_config
 from .strategy import Strategy
 from .token_ratio import teacher_token_ratio
@@ -204,7 +204,11 @@ def _check_inputs(
         of_teacher = recipe.primary_teacher.loaded_model if recipe.is_cross_tokenizer else None
         revision = recipe.tokenizer_revision if of_teacher is None else recipe.primary_teacher.revision
         teacher = model_config(of_teacher or recipe.tokenizer_model, revision)
-        student = teacher if spec.from_teacher is None else student_config(spec.from_teacher, teacher)
+        student = (
+            teacher
+            if spec.from_teacher is None
+            else student_config(spec.from_teacher, teacher, trimmed_vocab_size(recipe))
+        )
     if spec.model is not None and spec.from_teacher is None:
         with collect_errors(problems):
             student = model_config(spec.model, spec.revision)

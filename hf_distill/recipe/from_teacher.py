@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from ..core.defaults import CALIBRATION_ROWS
 from ..core.pruned_sizes import shape_text
 from ..core.strict_model import StrictModel
+from .vocabulary import Vocabulary
 
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
 _DEPTHS = ("keep_layers", "layers", "decoder_layers", "encoder_layers")
@@ -59,6 +60,11 @@ class FromTeacher(StrictModel):
     num_experts: int | None = Field(
         None, gt=0, description="Number of experts to keep in each layer of a mixture of experts. Default (null): all."
     )
+    vocab: Vocabulary | None = Field(
+        None,
+        description="Keep some of the tokens only, in the tokenizer, the embedding and the output head. The teacher is "
+        "compared over these. Default (null): all tokens.",
+    )
     by: Literal["activation", "weight"] = Field(
         "activation",
         description="How channels, neurons, heads and experts are selected: activation keeps those with the largest "
@@ -99,7 +105,10 @@ class FromTeacher(StrictModel):
             return f"at most {self.target_parameters} parameters"
         stacks = {"decoder layers": self.decoder_layers, "encoder layers": self.encoder_layers}
         parts = [f"{len(kept)} {name}" for name, kept in stacks.items() if kept]
-        return ", ".join(filter(None, (*parts, shape_text({"layers": self.num_layers, **self.widths()}))))
+        tokens = None if self.vocab is None else self.vocab.size
+        parts += [shape_text({"layers": self.num_layers, **self.widths(), "vocab_size": tokens})]
+        parts += ["the tokens that the data uses"] if self.vocab is not None and tokens is None else []
+        return ", ".join(filter(None, parts))
 
     def widths(self) -> dict[str, int]:
         """Return the sizes of the student's width that are set, by name."""
@@ -116,15 +125,16 @@ class FromTeacher(StrictModel):
     def _check_sizes(self) -> Self:
         depths = [name for name in _DEPTHS if getattr(self, name)]
         if self.target_parameters is not None:
-            if others := [*depths, *self.widths()]:
+            if others := [*depths, *self.widths(), *(["vocab"] if self.vocab else [])]:
                 raise ValueError(
                     f"target_parameters lets `hf-distill prune` choose the sizes: remove {', '.join(others)}, or "
                     "target_parameters"
                 )
             return self
-        if not depths and not self.prunes_width:
+        if not depths and not self.prunes_width and self.vocab is None:
             raise ValueError(
-                f"give keep_layers or layers, a width ({', '.join(WIDTHS)}), several of them, or target_parameters; "
+                f"give keep_layers or layers, a width ({', '.join(WIDTHS)}), vocab, several of them, or "
+                "target_parameters; "
                 "for a model with an encoder and a decoder, decoder_layers, encoder_layers or both"
             )
         if len(depths) > 1 and {*depths} != {"decoder_layers", "encoder_layers"}:
@@ -136,6 +146,10 @@ class FromTeacher(StrictModel):
             raise ValueError(
                 f"{', '.join(self.widths())}: the width of a model with an encoder and a decoder cannot be pruned; "
                 "remove it"
+            )
+        if self.vocab is not None and (self.decoder_layers or self.encoder_layers):
+            raise ValueError(
+                "vocab: the vocabulary of a model with an encoder and a decoder cannot be trimmed; remove it"
             )
         if self.by == "weight" and not self.prunes_width:
             raise ValueError(

@@ -23,6 +23,7 @@ from .quantize import quantize_problems
 from .ranges import RANGES, SHARES_OR_STEPS
 from .stages import Stage, stage_problems
 from .tasks import TEXT_GENERATION, task_problems
+from .vocabulary import vocabulary_problems
 
 _JSON_TYPES: dict[str, type | UnionType] = {
     "integer": int,
@@ -263,7 +264,13 @@ class Recipe(StrictModel):
         )
         problems = [
             line
-            for problems_of in (stage_problems, cross_tokenizer_problems, task_problems, quantize_problems)
+            for problems_of in (
+                stage_problems,
+                cross_tokenizer_problems,
+                vocabulary_problems,
+                task_problems,
+                quantize_problems,
+            )
             for line in problems_of(self)
         ]
         for check in (*checks, self._check_schedules):

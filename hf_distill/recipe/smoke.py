@@ -170,7 +170,7 @@ def _shrink_cut(cut: JSONObject, depth: int, layers: list[int]) -> JSONObject:
     sizes: JSONObject = {"keep_layers": depth, "calibration_rows": 2, "target_parameters": SMOKE_PARAMETERS}
     for name in ("layers", "decoder_layers", "encoder_layers"):
         sizes[name] = [*layers]
-    sizes |= _SMOKE_WIDTHS
+    sizes |= _SMOKE_WIDTHS | {"vocab": {"keep": "used"}}
     return {name: sizes.get(name, value) for name, value in cut.items() if value is not None}
 
 

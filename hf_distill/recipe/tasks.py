@@ -109,7 +109,8 @@ class TaskKeys:
 
     def _student_problems(self, recipe: "Recipe") -> Iterator[str]:
         student, cut = recipe.student, recipe.student.from_teacher
-        if cut and (unfit := [*cut.widths(), *(["target_parameters"] if cut.target_parameters else [])]):
+        other_keys = [name for name in ("vocab", "target_parameters") if cut and getattr(cut, name) is not None]
+        if cut and (unfit := [*cut.widths(), *other_keys]):
             yield (
                 f"student.from_teacher.{unfit[0]} is for the task {TEXT_GENERATION}: for {self.name} set the layers to "
                 "keep"

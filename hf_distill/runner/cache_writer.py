@@ -26,7 +26,14 @@ from ..recipe.from_teacher import FromTeacher
 from ..recipe.load import validate
 from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
-from ..teachers import CachedTeacher, CrossTokenizerTeacher, RemoteTeacher, RoutedTeacher, Teacher
+from ..teachers import (
+    CachedTeacher,
+    CrossTokenizerTeacher,
+    RemoteTeacher,
+    RoutedTeacher,
+    Teacher,
+    TrimmedVocabularyTeacher,
+)
 from ..teachers.group import TeacherGroup
 from .datasets import PreparedData
 from .model_loading import load_pretrained
@@ -272,6 +279,9 @@ def check_cached(teacher: Teacher, recipe: Recipe, data: PreparedData, shift: bo
     """
     for name, each in (teacher.teachers if isinstance(teacher, TeacherGroup) else {None: teacher}).items():
         one, collator, _ = _own_rows(each, data.collator, None)
+        if isinstance(one, TrimmedVocabularyTeacher):
+            collator = one.own_batches(collator)
+            one = one.unwrapped
         if not isinstance(one, CachedTeacher) or one.source is not None:
             continue
         for part in (data.train, data.held_out):
@@ -349,5 +359,6 @@ def _kept_layers(cut: FromTeacher, teacher: Teacher, rows: Examples, depth: int)
             "losses on hidden states compare the layers that block influence selects, and the weights of the teacher "
             "are not here to measure it: set student.from_teacher.layers, or the option layers of the losses."
         )
-    kept = Pruner(cut).kept_layers(teacher.model or nn.Module(), rows)
+    kept_ids = teacher.kept_ids.tolist() if isinstance(teacher, TrimmedVocabularyTeacher) else None
+    kept = Pruner(cut, kept_ids).kept_layers(teacher.model or nn.Module(), rows)
     return range(depth) if kept is None else kept

@@ -38,6 +38,7 @@ from ..recipe.data import Data
 from ..recipe.schema import Recipe
 from .generated_sources import generated_examples, generation_rows
 from .row_fingerprints import fingerprint_of
+from .trimmed_rows import Trimming, check_no_removed_ids, with_new_ids
 
 logger = logging.get_logger(__name__)
 Key = TypeVar("Key")
@@ -82,6 +83,8 @@ def prepare_data(
     count: int,
     other_tokenizers: Sequence[OtherTokenizer] = (),
     of_data: bool = False,
+    trimming: Trimming | None = None,
+    logs_targets: bool = True,
 ) -> PreparedData:
     """Load, split, tokenize, mix and pack the sources of a recipe.
 
@@ -94,20 +97,24 @@ def prepare_data(
         count: Number of rows that the training uses. It matters only if source weights have a schedule.
         other_tokenizers: The teachers that have another tokenizer.
         of_data: Whether sources with generate: true have the completions of the data, for the same prompts.
+        trimming: The full vocabulary, whose ids sources have that are tokens already; None: these have the ids of the
+            tokenizer.
+        logs_targets: Whether the share of target tokens of each source is logged.
 
     Raises:
         DistillError: An input is invalid; see `load_examples`, `split_held_out`, `tokenize_dataset`, `mix` and
             `mix_scheduled`.
     """
     data, train, held_out = recipe.data, dict[str, Examples](), list[Examples]()
-    tokenizers = _Tokenizers(tokenizer, chat_template_of(data, tokenizer), () if data.packing else other_tokenizers)
+    others = () if data.packing else other_tokenizers
+    tokenizers = _Tokenizers(tokenizer, chat_template_of(data, tokenizer), others, trimming)
     for index, name in enumerate(data.sources):
         documents, held_out_documents = load_split(recipe, name, seed, of_data)
         if held_out_documents is not None:
             rows = _first(_rows(held_out_documents, recipe, name, tokenizers), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
         train[name] = _rows(documents, recipe, name, tokenizers)
-        if TEXT not in (documents.column_names or ()):
+        if logs_targets and TEXT not in (documents.column_names or ()):
             _log_targets(train[name], f"data.{name}")
     if data.eval.path:
         examples = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
@@ -117,16 +124,28 @@ def prepare_data(
     _check_teacher_prompts({f"data.{name}": rows for name, rows in train.items()} | evaluated, other_tokenizers)
     mixed = mix_and_pack(data, _with_equal_columns(train), seed, count)
     held_out = [*_with_equal_columns(dict(enumerate(held_out))).values()]
-    return PreparedData(mixed, concatenate_datasets(cast(list[Dataset], held_out)), collator_of(data, tokenizer))
+    evaluated_rows = concatenate_datasets(cast(list[Dataset], held_out))
+    if trimming is not None:
+        check_no_removed_ids(mixed, "the training data")
+        check_no_removed_ids(evaluated_rows, "the evaluation data")
+    return PreparedData(mixed, evaluated_rows, collator_of(data, tokenizer))
 
 
 @dataclass(frozen=True)
 class _Tokenizers:
-    """The student's tokenizer, the chat template that it renders conversations with, and the teachers' tokenizers."""
+    """The tokenizers of a recipe.
+
+    Attributes:
+        student: That of the student.
+        chat_template: The template that it renders conversations with.
+        others: Those of teachers with another tokenizer.
+        trimming: The full vocabulary if the student has a trimmed one.
+    """
 
     student: PreTrainedTokenizerBase
     chat_template: str | None
     others: Sequence[OtherTokenizer]
+    trimming: Trimming | None = None
 
 
 def _with_equal_columns(rows: dict[Key, Examples]) -> dict[Key, Examples]:
@@ -317,9 +336,10 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizer
     source = data.sources.get(name, data.task)
     where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
     columns = documents.column_names or list(next(iter(documents)))
+    trimming = tokenizers.trimming if "input_ids" in columns else None  # these rows are tokens already
     rows = tokenize_dataset(
         documents,
-        tokenizers.student,
+        tokenizers.student if trimming is None else trimming.full_tokenizer,
         data.max_length,
         source.assistant_only,
         source.overflow,
@@ -328,6 +348,8 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizer
         tokenizers.chat_template,
         tokenizers.others,
     )
+    if trimming is not None:
+        rows = with_new_ids(rows, trimming.kept_ids)
     return with_origin(rows, recipe, name)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from ..cache.fingerprints import tokenizer_fingerprint
 from ..core.json_types import JSONObject
 from ..core.results import ModelFacts
 from ..data import Examples, OtherTokenizer
@@ -33,6 +34,7 @@ from ..teachers import (
     RoutedTeacher,
     SnapshotTeacher,
     Teacher,
+    TrimmedVocabularyTeacher,
 )
 from ..teachers.loading import (
     direct_loading,
@@ -47,8 +49,10 @@ from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_
 from .pruning import Pruner
 from .quantized_student import launch_problems
 from .tasks import Task
+from .trimmed_rows import Trimming
 
 logger = logging.get_logger(__name__)
+_WITH_OWN_IDS = ("frozen", "cached", "remote")  # kinds of teachers that do not have the student's vocabulary
 
 
 class ModelFactory:
@@ -88,7 +92,8 @@ class ModelFactory:
         if self._spec.loaded_model:
             self._path = resolve_model(self._spec.loaded_model)
         self._shard = bool(recipe.train.fsdp) and not args.fsdp  # FSDP on CPUs; see `train_arguments`
-        self.pruner = Pruner(recipe.student.from_teacher) if recipe.student.from_teacher else None
+        cut, trimming = recipe.student.from_teacher, task.trimming
+        self.pruner = Pruner(cut, trimming.kept_ids if trimming else None) if cut else None
         self.cut_facts: ModelFacts = {}
         self.caches: dict[str, JSONObject] = {}
         self.remote_teachers: dict[str, RemoteTeacher] = {}
@@ -109,10 +114,29 @@ class ModelFactory:
     def _build_teacher(self, spec: TeacherSpec, name: str | None) -> Teacher:
         """Build one teacher of the recipe, which may have a name."""
         tokenizer = self._other_tokenizers.get(name)
+        if tokenizer is None and self._task.trimming is not None:
+            if spec.kind in _WITH_OWN_IDS:
+                return self._build_full_teacher(spec, self._task.trimming)
+            if spec.model is not None and spec.model != self._student.model:
+                raise DistillError(
+                    f"The student's vocabulary is a trimmed one, and a teacher of kind {spec.kind} reads the student's "
+                    f"tokens, of which {spec.model} has others: use a frozen, cached or remote teacher."
+                )
         if tokenizer is None:
             is_shared = self._task.shares_processor or spec.loaded_model == self._tokenizer_model
             return self._build_one(spec, self._tokenizer if is_shared else None)
         return CrossTokenizerTeacher(self._build_one(spec, tokenizer), processing_class=tokenizer, name=name)
+
+    def _build_full_teacher(self, spec: TeacherSpec, trimming: Trimming) -> Teacher:
+        """Build a teacher that has all tokens of a vocabulary of which the student has some."""
+        full, teacher = trimming.full_tokenizer, self._build_one(spec, trimming.full_tokenizer)
+        if not isinstance(teacher, CachedTeacher) or teacher.manifest.tokenizer != tokenizer_fingerprint(
+            self._tokenizer
+        ):
+            return TrimmedVocabularyTeacher(teacher, processing_class=full)
+        if teacher.source is not None:  # the cache was written for this student
+            teacher.source = TrimmedVocabularyTeacher(teacher.source, processing_class=full)
+        return teacher
 
     def _build_one(self, spec: TeacherSpec, tokenizer: Any) -> Teacher:
         """Build one teacher of the recipe, which reads the tokens of a tokenizer; None: that in the model's folder."""

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..core import run_files
 from ..core.files import atomic_path, write_atomic
@@ -24,11 +24,13 @@ from ..recipe.stages import direct_values, stage_values
 from ..teachers.loading import env_world_size
 from ..trainer.trainer import DistillTrainer
 from .generated_sources import record_generated_data
+from .model_loading import load_pretrained
 from .quantized_student import load_fake_quantized, scheme_of, weights_folder
 from .run_dir import run_folder
 from .single_run import RunResult, run_single
-from .teacher_only import load_teacher_and_data, static_teacher_spec
+from .teacher_only import load_teacher_and_data, static_teacher_spec, with_teacher
 from .training_arguments import arguments
+from .trimmed_rows import bits_per_byte, with_bits_per_byte
 from .watchdog import HangWatchdog
 
 _DEFAULT_TIMEOUT_SECONDS = 1800  # how long a process may wait for others, by default
@@ -86,24 +88,44 @@ def _describe(recipe: Recipe) -> str:
 def _compare_students(recipe: Recipe, students: dict[str, Path], on_stage: Callable[[str], None]) -> dict[str, Metrics]:
     """Evaluate every student against the first teacher; the last is called "student", the direct one "control"."""
     on_stage("Comparing all students with the first teacher")
-    teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), on_stage)
-    args.report_to, args.deepspeed_plugin, metrics = [], None, {}
-    args.remove_unused_columns = False
-    last = f"stage-{len(recipe.stages)}"
-    for name, folder in students.items():
-        scheme = scheme_of(recipe) if name in (last, "direct") else None
-        trainer = DistillTrainer(
-            load_fake_quantized(AutoModelForCausalLM, weights_folder(folder.parent, "student", scheme), scheme),
-            args,
-            teacher=teacher,
-            eval_dataset=data.held_out,
-            data_collator=data.collator,
-            processing_class=tokenizer,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        metrics[{last: "student", "direct": "control"}.get(name, name)] = held_out_metrics(trainer.evaluate())
+    metrics, last = dict[str, Metrics](), f"stage-{len(recipe.stages)}"
+    for one, folders in _by_vocabulary(recipe, students):
+        teacher, data, tokenizer, args = load_teacher_and_data(one, static_teacher_spec(one), on_stage)
+        args.report_to, args.deepspeed_plugin, args.remove_unused_columns = [], None, False
+        bits = None if one is recipe else bits_per_byte(data.held_out, tokenizer)
+        for name, folder in folders.items():
+            scheme = scheme_of(recipe) if name in (last, "direct") else None
+            trainer = DistillTrainer(
+                load_fake_quantized(AutoModelForCausalLM, weights_folder(folder.parent, "student", scheme), scheme),
+                args,
+                teacher=teacher,
+                eval_dataset=data.held_out,
+                data_collator=data.collator,
+                processing_class=tokenizer,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+            after = with_bits_per_byte(held_out_metrics(trainer.evaluate()), bits)
+            metrics[{last: "student", "direct": "control"}.get(name, name)] = after
     return metrics
+
+
+def _by_vocabulary(recipe: Recipe, students: dict[str, Path]) -> list[tuple[Recipe, dict[str, Path]]]:
+    """Return the students that have the same tokens together, each group with a recipe that prepares its data.
+
+    Any stage may trim the vocabulary of its student.
+    """
+    full = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision).get_vocab()
+    vocabularies = {name: AutoTokenizer.from_pretrained(folder).get_vocab() for name, folder in students.items()}
+    if all(vocabulary == full for vocabulary in vocabularies.values()):
+        return [(recipe, students)]
+    groups = dict[tuple[tuple[str, int], ...], dict[str, Path]]()
+    for name, vocabulary in vocabularies.items():
+        groups.setdefault(tuple(sorted(vocabulary.items())), {})[name] = students[name]
+    values = with_teacher(recipe, static_teacher_spec(recipe)) | {"stages": [], "control": None}
+    models = [str(next(iter(folders.values()))) for folders in groups.values()]
+    recipes = [validate(values | {"student": {"model": model}}) for model in models]
+    return [*zip(recipes, groups.values(), strict=True)]
 
 
 def _stage_facts(name: str, recipe: Recipe, evidence: Results) -> StageFacts:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..core import run_files
 from ..core.files import atomic_path
-from ..core.io import environment, held_out_metrics, write_json
+from ..core.io import environment, write_json
 from ..core.json_types import JSONObject
 from ..core.results import Metrics, ModelFacts
 from ..errors import DistillError
@@ -69,7 +69,7 @@ def prune_recipe(
         on_stage("Measuring the teacher and pruning the student")
         trainer = context.trainer("student", changes={"output_dir": logs})
         on_stage("Evaluating the student before training")
-        metrics = held_out_metrics(trainer.evaluate())
+        metrics = context.held_out_metrics(trainer.evaluate())
         shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
         assert trainer.model is not None
         context.describe(trainer)

@@ -1,9 +1,8 @@
 """Prunes the student of a recipe from its teacher, and keeps what was chosen for a resumed run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -13,10 +12,12 @@ from ..core import run_files
 from ..core.io import damage_reported, read_json, write_json
 from ..core.results import ModelFacts
 from ..data import Examples
+from ..models.blocks import find_blocks
 from ..models.importance import Importance, measure_importance
 from ..models.model_types import unwrap_model
 from ..models.pruned_shape import KeptUnits, PrunedShape
 from ..models.pruning import block_influence, cut_student, top_layers
+from ..models.vocabulary import trim_model
 from ..models.width_pruning import keep_units, select_units
 from ..recipe.from_teacher import FromTeacher
 
@@ -26,14 +27,15 @@ class Pruner:
 
     Args:
         cut: The sizes of the student.
+        kept_ids: For each token of the student, its id in the teacher's vocabulary; None: the student has all tokens.
 
     Attributes:
         kept: The units of the teacher that a student consists of; None until the first student is pruned.
         block_influence: Of the teacher's layers; None if it was not measured.
     """
 
-    def __init__(self, cut: FromTeacher):
-        self.cut = cut
+    def __init__(self, cut: FromTeacher, kept_ids: Sequence[int] | None = None):
+        self.cut, self.kept_ids = cut, kept_ids
         self.kept: KeptUnits | None = None
         self.block_influence: list[float] | None = None
         self._importance: Importance | None = None
@@ -47,14 +49,14 @@ class Pruner:
 
         Args:
             teacher: The teacher.
-            rows: Training rows, which measure what the teacher needs least.
+            rows: Training rows of the student, which measure what the teacher needs least.
 
         Raises:
             DistillError: A size is not possible for this teacher.
         """
         if self.kept is None:
             self.kept = self._select(teacher, rows)
-        return prune_to(teacher, self.kept)
+        return prune_to(teacher, self.kept, self.kept_ids)
 
     def kept_layers(self, teacher: nn.Module, rows: Examples) -> list[int] | None:
         """Return the indices of the layers that a student keeps; None: all."""
@@ -63,7 +65,7 @@ class Pruner:
             return self.kept.layers
         if cut.layers is None and cut.keep_layers is not None:
             if self.block_influence is None:
-                self.block_influence = block_influence(teacher, _batches(rows, cut.calibration_rows))
+                self.block_influence = block_influence(teacher, self._batches(rows))
             return top_layers(self.block_influence, cut.keep_layers)
         return None if cut.layers is None else sorted(cut.layers)
 
@@ -72,7 +74,8 @@ class Pruner:
         facts: ModelFacts = {}
         if self.kept is not None and self.kept.layers is not None:
             facts["layers_kept"] = self.kept.layers
-        if widths := self.cut.widths():
+        tokens = {} if self.kept_ids is None else {"vocab_size": len(self.kept_ids)}
+        if widths := self.cut.widths() | tokens:
             facts["widths"] = widths
         if self.block_influence is not None:
             facts["block_influence"] = self.block_influence
@@ -101,20 +104,32 @@ class Pruner:
             return KeptUnits(layers=self.kept_layers(teacher, rows))
         if self._importance is None:
             self._importance = measure_importance(
-                teacher, _batches(rows, cut.calibration_rows), by=cut.by, with_block_influence=cut.layers is None
+                teacher, self._batches(rows), by=cut.by, with_block_influence=cut.layers is None
             )
             self.block_influence = self._importance.block_influence
         layers = self.kept_layers(teacher, rows)
         shape = PrunedShape(layers=None if layers is None else tuple(layers), **cut.widths())
         return select_units(unwrap_model(teacher), shape, self._importance)
 
+    def _batches(self, rows: Examples) -> Iterator[dict]:
+        """Yield the first rows as batches of one row [1, S], in the teacher's ids."""
+        for row in islice(rows, self.cut.calibration_rows):
+            ids = torch.tensor([row["input_ids"]])
+            yield {"input_ids": ids if self.kept_ids is None else torch.tensor(self.kept_ids)[ids]}
 
-def prune_to(teacher: nn.Module, kept: KeptUnits) -> PreTrainedModel:
-    """Prune a student to units that were chosen earlier."""
-    is_narrower = any((kept.channels, kept.neurons, kept.heads, kept.experts))
-    return keep_units(teacher, kept) if is_narrower else cut_student(teacher, cast(list[int], kept.layers))
 
+def prune_to(teacher: nn.Module, kept: KeptUnits, kept_ids: Sequence[int] | None = None) -> PreTrainedModel:
+    """Prune a student to units that were chosen earlier.
 
-def _batches(rows: Examples, count: int) -> Iterable[dict]:
-    """Yield the first rows as batches of one row [1, S]."""
-    return ({"input_ids": torch.tensor([row["input_ids"]])} for row in islice(rows, count))
+    Args:
+        teacher: The teacher.
+        kept: The units of the student.
+        kept_ids: For each token of the student, its id in the teacher's vocabulary; None: all tokens.
+    """
+    if any((kept.channels, kept.neurons, kept.heads, kept.experts)):
+        student = keep_units(teacher, kept)
+    else:
+        student = cut_student(teacher, range(len(find_blocks(teacher)[1])) if kept.layers is None else kept.layers)
+    if kept_ids is not None:
+        trim_model(student, kept_ids)
+    return student

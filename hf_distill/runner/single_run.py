@@ -46,6 +46,7 @@ from .quantized_student import FULL_PRECISION, export_quantized, scheme_of, weig
 from .run_dir import run_folder
 from .tasks import task_of
 from .training_arguments import arguments
+from .trimmed_rows import bits_per_byte, with_bits_per_byte
 from .watchdog import HangWatchdog
 
 
@@ -147,17 +148,26 @@ class RunContext:
         with args.main_process_first():
             path = resolve_model(recipe.tokenizer_model)
         self.task = task_of(recipe)
-        self.processor = self.task.load_processor()
+        processor = self.task.load_processor()
         count = num_training_rows(args)
         with args.main_process_first():
+            self.processor = self.task.student_processor(processor, args.seed, count)
             other_tokenizers = load_teacher_tokenizers(recipe)
             self.data = self.task.prepare_data(self.processor, args.seed, count, other_tokenizers)
             self.prompts = prepare_prompts(recipe, self.processor, args.seed, count) if recipe.on_policy else None
             self.control_data = self.data
             if recipe.control == "sft_on_data":
                 self.control_data = prepare_data(
-                    recipe, self.processor, args.seed, count, other_tokenizers, of_data=True
+                    recipe,
+                    self.processor,
+                    args.seed,
+                    count,
+                    other_tokenizers,
+                    of_data=True,
+                    trimming=self.task.trimming,
                 )
+        # Perplexities of other vocabularies are not comparable.
+        self._bits = bits_per_byte(self.data.held_out, self.processor) if self.task.trimming else None
         self.recipe = recipe
         self.steps: dict[str, int] = {}  # training -> step of the exported model
         self.record = RecipeRecord(result_values(recipe) | launch_values())
@@ -253,6 +263,10 @@ class RunContext:
             run_on_main(partial(export_quantized, self.task.auto_class, trained, exported, self.scheme))
         return output.metrics["train_runtime"]
 
+    def held_out_metrics(self, evaluation: dict[str, float]) -> Metrics:
+        """Return the metrics of an evaluation; of a student with a trimmed vocabulary also bits per byte."""
+        return with_bits_per_byte(held_out_metrics(evaluation), self._bits)
+
     def distill(self) -> tuple[Metrics, Metrics]:
         """Train the student; return its held-out metrics before and after the training."""
         trainer = self.trainer("student", on_policy=self.recipe.on_policy is not None)
@@ -263,9 +277,9 @@ class RunContext:
         before = next(log for log in trainer.state.log_history if "eval_loss" in log)
         self._add_teacher(trainer)
         self.describe(trainer)
-        after = held_out_metrics(trainer.evaluate())
+        after = self.held_out_metrics(trainer.evaluate())
         export_teachers(trainer, self.recipe.export, self.folder)
-        return held_out_metrics(before), {**after, "train_seconds": seconds}
+        return self.held_out_metrics(before), {**after, "train_seconds": seconds}
 
     def full_precision(self) -> tuple[Metrics, Metrics]:
         """Distill the student without quantization; return its held-out metrics, and those with quantized weights."""
@@ -273,10 +287,10 @@ class RunContext:
         trainer = self.trainer(FULL_PRECISION, on_policy=self.recipe.on_policy is not None)
         seconds = self.train(trainer, FULL_PRECISION)
         self._add_teacher(trainer)
-        full = held_out_metrics(trainer.evaluate())
+        full = self.held_out_metrics(trainer.evaluate())
         assert trainer.model is not None
         prepare_quantized_student(trainer.model, self.scheme)
-        return {**full, "train_seconds": seconds}, held_out_metrics(trainer.evaluate())
+        return {**full, "train_seconds": seconds}, self.held_out_metrics(trainer.evaluate())
 
     def _add_teacher(self, trainer: DistillTrainer) -> None:
         """Let a trainer evaluate with the teacher if it trained without, because alpha is 0."""
@@ -329,4 +343,4 @@ class RunContext:
             trainer.setup_distillation(self.models.teacher, self._objective(losses=losses or None))
         else:
             trainer.setup_distillation(NullTeacher(), self._objective(alpha=0.0, losses=None, by_origin=None))
-        return {**held_out_metrics(trainer.evaluate()), "train_seconds": seconds}
+        return {**self.held_out_metrics(trainer.evaluate()), "train_seconds": seconds}

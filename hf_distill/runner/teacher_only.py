@@ -71,14 +71,16 @@ def load_teacher_and_data(
     with args.main_process_first():
         path = resolve_model(online.tokenizer_model)
     task = task_of(online)
-    tokenizer = task.load_processor()
+    full_tokenizer, count = task.load_processor(), num_training_rows(args)
     with args.main_process_first():
+        tokenizer = task.student_processor(full_tokenizer, args.seed, count)
         other_tokenizers = load_teacher_tokenizers(online)
-        data = task.prepare_data(tokenizer, args.seed, num_training_rows(args), other_tokenizers)
+        data = task.prepare_data(tokenizer, args.seed, count, other_tokenizers)
     teacher = ModelFactory(online, task, args, path, tokenizer, other_tokenizers).teacher
+    config = load_pretrained(AutoConfig, path, revision=online.tokenizer_revision)
+    if task.trimming is not None:
+        config.get_text_config().vocab_size = len(task.trimming.kept_ids)
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(
-            load_pretrained(AutoConfig, path, revision=online.tokenizer_revision)
-        )
+        student = AutoModelForCausalLM.from_config(config)
     teacher.prepare(student, args.device, tokenizer)
     return teacher, data, tokenizer, args

@@ -75,7 +75,8 @@ class TrimmedVocabularyTeacher(Teacher):
             DistillError: a tokenizer is missing, the student's is not a trimmed one of the teacher's, or the teacher
                 cannot be prepared.
         """
-        tokenizer, of_student = self._find_tokenizer(), tokenizer_in(processing_class)
+        self.tokenizer = tokenizer = self._find_tokenizer()
+        of_student = tokenizer_in(processing_class)
         if of_student is None or tokenizer is None:
             raise DistillError(
                 "TrimmedVocabularyTeacher finds the student's tokens in the teacher's vocabulary, and the tokenizer of "
@@ -143,12 +144,18 @@ class TrimmedVocabularyTeacher(Teacher):
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the teacher on the tokens in its own ids, and return its logits of the kept ids and its features."""
         signals = self.teacher(self._teacher_batch(inputs), self._teacher_targets(targets), feature_requests)
-        logits: Any = signals.logits
+        logits = signals.logits
         if isinstance(logits, DenseLogits):
             logits = DenseLogits(logits.values[:, self.kept_ids.to(logits.values.device)])
         assert isinstance(logits, DenseLogits | LazyLogits)
         assert logits.vocab_size == len(self.kept_ids)
         return replace(signals, logits=logits)
+
+    def logits(self, inputs: dict, targets: Targets) -> LazyLogits | DenseLogits:
+        """Return the logits of the kept ids for the target tokens of a batch of the student."""
+        logits = self(inputs, targets, {}).logits
+        assert isinstance(logits, DenseLogits | LazyLogits)
+        return logits
 
     def start_batch(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> None:
         """Announce a batch to the teacher, in its own ids."""

@@ -1,7 +1,7 @@
 """Token ids in the config and generation config of a model."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -16,10 +16,10 @@ _REFUSED = ("forced_decoder_ids", "force_words_ids", "sequence_bias", "constrain
 Ids = int | list[int] | None
 
 
-def ids_in_configs(model: PreTrainedModel) -> list[int]:
-    """Return the token ids that the configs of a model name: of its special tokens, of images, ..."""
+def ids_in_configs(*configs: PretrainedConfig | GenerationConfig | None) -> list[int]:
+    """Return the token ids that configs name: of special tokens, of images, ..."""
     ids = list[int]()
-    for config in _configs(model):
+    for config in _with_parts(configs):
         for name, value in vars(config).items():
             if _ID_NAME.search(name):
                 ids += [value] if isinstance(value, int) else value if isinstance(value, list) else []
@@ -36,12 +36,13 @@ def renumber_configs(model: PreTrainedModel, new_ids: Mapping[int, int]) -> None
     Raises:
         DistillError: the generation config has settings with ids that cannot be replaced.
     """
-    if refused := [name for config in _configs(model) for name in _REFUSED if vars(config).get(name)]:
+    configs = [*_with_parts(configs_of(model))]
+    if refused := [name for config in configs for name in _REFUSED if vars(config).get(name)]:
         raise DistillError(
             f"The generation config sets {', '.join(refused)}, whose token ids cannot be renumbered: set it to None "
             "before the vocabulary is trimmed."
         )
-    for config in _configs(model):
+    for config in configs:
         for name, value in list(vars(config).items()):
             if value is not None and (_ID_NAME.search(name) or name in _ID_LISTS):
                 setattr(config, name, _renumbered(name, value, new_ids))
@@ -61,12 +62,17 @@ def _renumbered(name: str, value: Any, new_ids: Mapping[int, int]) -> Ids:
     return kept or None
 
 
-def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig | GenerationConfig]:
-    """Yield the config of a model, those in it, and its generation config."""
-    pending: list[Any] = [model.config]
+def configs_of(model: PreTrainedModel) -> tuple[PretrainedConfig, GenerationConfig | None]:
+    """Return the config of a model and its generation config."""
+    return model.config, getattr(model, "generation_config", None)
+
+
+def _with_parts(
+    configs: Iterable[PretrainedConfig | GenerationConfig | None],
+) -> Iterator[PretrainedConfig | GenerationConfig]:
+    """Yield configs and those in them."""
+    pending = [config for config in configs if config is not None]
     while pending:
         config = pending.pop()
         yield config
         pending += [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
-    if getattr(model, "generation_config", None) is not None:
-        yield model.generation_config

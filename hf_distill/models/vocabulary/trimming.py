@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...errors import DistillError
 from ..model_types import model_type_of
 from ..sharding import is_sharded
-from .config_ids import ids_in_configs, renumber_configs
+from .config_ids import configs_of, ids_in_configs, renumber_configs
 from .selection import close_over
 from .tokenizer_content import TokenizerContent
 
@@ -56,7 +56,7 @@ def trim_vocabulary(
     """
     _vocabulary_modules(model)
     content = TokenizerContent(tokenizer)
-    required = [index for index in ids_in_configs(model) if index in content.tokens]
+    required = [index for index in ids_in_configs(*configs_of(model)) if index in content.tokens]
     trimmed, kept_ids = _trim_tokenizer(tokenizer, content, [*keep, *required])
     student = copy.deepcopy(model)
     trim_model(student, kept_ids)

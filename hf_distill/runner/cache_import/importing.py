@@ -250,6 +250,12 @@ def _check_recipe(recipe: Recipe, folder: str | None) -> str:
             "The recipe has distill.cross_tokenizer, and log-probabilities are imported for the student's tokens. "
             "Write the cache of a teacher with another tokenizer with `hf-distill cache write`."
         )
+    if (cut := recipe.student.from_teacher) is not None and cut.vocab is not None:
+        raise DistillError(
+            "The recipe has student.from_teacher.vocab, and log-probabilities are imported for the ids of the full "
+            "vocabulary, of which the share of the removed ones is not known. Write the cache with "
+            "`hf-distill cache write`."
+        )
     if recipe.distill.temperature != 1:
         raise DistillError(
             f"The recipe has the temperature {recipe.distill.temperature:g}, and published log-probabilities are those "

@@ -16,6 +16,7 @@ from ...trainer.config import DistillConfig
 from ...trainer.trainer import DistillTrainer
 from ..datasets import PreparedData
 from ..pruning import Pruner
+from ..trimmed_rows import Trimming
 from .previews import Preview
 
 
@@ -31,6 +32,7 @@ class Task(ABC):
         trainer_class: Trainer.
         config_class: Training arguments of the trainer.
         shares_processor: Whether all models of a recipe have the tokenizer of `Recipe.tokenizer_model`.
+        trimming: The vocabulary of a student that has fewer tokens; set by `student_processor`.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,17 @@ class Task(ABC):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.trimming: Trimming | None = None
+
+    def student_processor(self, processor: Any, seed: int, count: int) -> Any:
+        """Return the tokenizer or processor of the student.
+
+        Args:
+            processor: What `load_processor` returned.
+            seed: See `prepare_data`.
+            count: See `prepare_data`.
+        """
+        return processor
 
     @abstractmethod
     def load_processor(self) -> Any:

@@ -10,6 +10,8 @@ from ...data import OtherTokenizer
 from ...recipe.tasks import TEXT_GENERATION
 from ..datasets import PreparedData, first_rows, prepare_data
 from ..model_loading import load_pretrained, load_teacher_tokenizers
+from ..trimmed_rows import Trimming
+from ..trimmed_tokenizer import trimmed_tokenizer
 from .previews import Preview, document_previews
 from .task import Task
 
@@ -23,6 +25,15 @@ class TextGeneration(Task):
     auto_class: ClassVar = AutoModelForCausalLM
     shares_processor: ClassVar = True
 
+    def student_processor(self, processor: Any, seed: int, count: int) -> Any:
+        """Return the tokenizer of the student, which is a trimmed one if the student has fewer tokens."""
+        trimmed = trimmed_tokenizer(self.recipe, processor, seed, count)
+        if trimmed is None:
+            return processor
+        own, kept_ids = trimmed
+        self.trimming = Trimming(processor, kept_ids)
+        return own
+
     def load_processor(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         return load_pretrained(AutoTokenizer, self.recipe.tokenizer_model, revision=self.recipe.tokenizer_revision)
@@ -31,7 +42,7 @@ class TextGeneration(Task):
         self, processor: Any, seed: int, count: int, other_tokenizers: Sequence[OtherTokenizer] = ()
     ) -> PreparedData:
         """Load, split, tokenize, mix and pack the sources."""
-        return prepare_data(self.recipe, processor, seed, count, other_tokenizers)
+        return prepare_data(self.recipe, processor, seed, count, other_tokenizers, trimming=self.trimming)
 
     def preview(self, seed: int, count: int) -> list[Preview]:
         """Return the documents of the first rows, decoded, with their target tokens."""
