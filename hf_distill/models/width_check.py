@@ -47,8 +47,10 @@ def check_units(
                 is_scaled = twin.check_channels()
             else:
                 twin.check_zeros(size)
-        except Exception as error:
+        except DistillError as error:
             missing[size] = str(error)
+        except Exception as error:
+            missing[size] = f"a small model of its class with another number of them cannot be run ({error})"
     sizes = {name: value for name, value in structure.sizes.items() if name not in missing}
     return replace(structure, sizes=sizes, missing=missing, scaled_embeddings=is_scaled)
 

