@@ -163,10 +163,13 @@ def planned_values(recipe: "Recipe") -> dict[str, JSONObject]:
     """Return the recipes of all stages by name, as far as they are known before the chain runs.
 
     A student that is pruned from its teacher does not exist yet. The stage after it is planned with the last model that
-    exists, which is larger.
+    exists, which is larger; its student has the sizes that all stages since then set.
     """
     planned, teacher = {}, recipe.teacher.loaded_model if recipe.teacher else None
     for number, stage in enumerate(recipe.stages, 1):
-        planned[f"stage-{number}"] = stage_values(recipe, number, teacher)
+        planned[f"stage-{number}"] = values = stage_values(recipe, number, teacher)
+        if stage.student.from_teacher:
+            stages = [part.model_dump(exclude_none=True, exclude_unset=True) for part in recipe.stages[:number]]
+            values["student"] = {**stages[-1]["student"], "from_teacher": _combined_cuts(stages)}
         teacher = stage.student.model or teacher
     return planned

@@ -4,7 +4,7 @@ import pytest
 
 from hf_distill import DistillError
 from hf_distill.recipe.from_teacher import FromTeacher, parameter_count
-from hf_distill.recipe.load import load_recipe, validate
+from hf_distill.recipe.load import load_recipe, recipes_by_stage, validate
 from hf_distill.recipe.stages import direct_values
 
 
@@ -85,6 +85,20 @@ def test_the_control_of_a_chain_has_the_sizes_of_all_its_stages(tmp_path):
     assert (cut.layers, cut.hidden_size, cut.intermediate_size) == ([0, 1, 3], 48, 32)
     recipe = chain(tmp_path, "{from_teacher: {layers: [0, 1, 3]}}", "{from_teacher: {keep_layers: 2}}")
     assert validate(direct_values(recipe)).student.from_teacher.model_dump(exclude_unset=True) == {"keep_layers": 2}
+
+
+def test_each_stage_is_planned_with_the_sizes_of_the_stages_before_it(tmp_path):
+    recipe = chain(
+        tmp_path,
+        "{from_teacher: {layers: [0, 3], hidden_size: 64}}",
+        "{model: some/other}",
+        "{from_teacher: {keep_layers: 5}}",
+        "{from_teacher: {intermediate_size: 32}}",
+    )
+    cuts = [part.student.from_teacher for part in recipes_by_stage(recipe).values()]
+    sizes = [cut and cut.model_dump(exclude_unset=True) for cut in cuts[:-1]]
+    assert sizes[:2] == [{"layers": [0, 3], "hidden_size": 64}, None]
+    assert sizes[2:] == [{"keep_layers": 5}, {"keep_layers": 5, "intermediate_size": 32}]
 
 
 def test_indices_of_layers_of_a_later_teacher_are_refused_with_a_direct_control(tmp_path):
