@@ -17,7 +17,7 @@ class Cell:
     """A run.
 
     changes: overrides of the base, as on a command line
-    seeds:   it is run with each
+    seeds:   it is run with each; none: it is ready to be run, with `run.py CELL SEED`
     cache:   the options of the cache that its teacher is read from
     curve:   whether its evaluations on the way are kept
     apart:   whether it is also measured on each kind of text
@@ -32,7 +32,7 @@ class Cell:
     card: str = ""
 
 
-_OURS = ("rows=", "stages=")  # changes that are no overrides
+_OURS = ("rows=", "stages=", "start=")  # changes that are no overrides
 _PURE = ("distill.alpha=1", "distill.temperature=1")
 _HIDDEN = "{name: hidden_cosine, weight: 1.0, layers: stretch}"
 _ATTENTION = "{name: attention_kl, weight: 0.05, layers: last:2}"
@@ -47,6 +47,24 @@ def _cached(*changes: str, **options) -> Cell:
     return Cell(changes or _PURE, cache=options)
 
 
+# Shapes of about 81 million parameters beside 15 of 30 blocks: fewer neurons, and 22 blocks with fewer neurons.
+NARROW = {"intermediate_size": 512}
+NARROW_AND_SHALLOW = {"keep_layers": 22, "intermediate_size": 864}
+
+
+def _shape(sizes: dict[str, int]) -> str:
+    return (
+        f"student.from_teacher={{{', '.join(f'{name}: {size}' for name, size in sizes.items())}, calibration_rows: 32}}"
+    )
+
+
+# title -> (cell with the teacher, cell with hard labels only): each shape of the student with equal parameters
+SHAPES = {
+    "depth: 15 of 30 blocks": ("distilled", "hard"),
+    "width: 512 of 1,536 neurons": ("width", "width_hard"),
+    "both: 22 blocks, 864 neurons": ("depth_and_width", "depth_and_width_hard"),
+    "the same from a random start": ("random_start", "random_start_hard"),
+}
 CELLS: dict[str, Cell] = {
     "hard": Cell(("distill.alpha=0",), SEEDS),
     "distilled": Cell((), SEEDS, card="smollm2-15-of-30-blocks"),
@@ -75,6 +93,12 @@ CELLS: dict[str, Cell] = {
     "cache_sampled_50": _cached(kind="sampled", draws=50),
     "cache_top_12": _cached(kind="top_k", k=12),
     "cache_top_64": _cached(kind="top_k", k=64),
+    "width": Cell((_shape(NARROW),)),
+    "width_hard": Cell((_shape(NARROW), "distill.alpha=0"), ()),
+    "depth_and_width": Cell((_shape(NARROW_AND_SHALLOW),)),
+    "depth_and_width_hard": Cell((_shape(NARROW_AND_SHALLOW), "distill.alpha=0"), ()),
+    "random_start": Cell(("start=random",), ()),
+    "random_start_hard": Cell(("start=random", "distill.alpha=0"), ()),
     "technical": Cell(("rows=technical",), apart=True),
     "general": Cell(("rows=general",), apart=True),
     "mixed": Cell(("rows=mixed",), apart=True),
@@ -93,7 +117,7 @@ def runs() -> Iterator[tuple[str, int]]:
 
 
 def per_example_scores(
-    name: str, seed: int, texts: Path, layers: list[int], output: Path
+    name: str, seed: int, texts: Path, layers: list[int], output: Path, random_start: Path | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """A recipe's values, and overrides.
 
@@ -103,6 +127,7 @@ def per_example_scores(
         texts: where they lie.
         layers: the blocks that every student keeps.
         output: the run's folder.
+        random_start: folder of the student of cells that begin at random.
     """
     sources = {name: {"path": str(texts / f"{name}.jsonl")} for name in ("train", "more", "general", "technical")}
     cell, data = CELLS[name], {"task": sources["train"]}
@@ -142,4 +167,6 @@ def per_example_scores(
             values["train"]["max_steps"] = STEPS // 3
             values["stages"][-1]["train"] = {"max_steps": STEPS - 2 * (STEPS // 3)}
         del values["student"]
+    if "start=random" in cell.changes:
+        values["student"] = {"model": str(random_start)}
     return values, changes

@@ -17,18 +17,22 @@ from math import exp
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from cards import cards
-from cells import BLOCKS, CELLS, PEERS, SEEDS, STEPS, TEACHER, per_example_scores, runs
+from cells import BLOCKS, CELLS, NARROW_AND_SHALLOW, PEERS, SEEDS, STEPS, TEACHER, per_example_scores, runs
 from compute import counted
 from report import RESULTS, write
 from texts import prepare
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_distill import DistillTrainer
+from hf_distill.core.files import atomic_path
 from hf_distill.core.io import environment, held_out_metrics, read_json, write_json
 from hf_distill.models.pruning import block_influence, cut_student, top_layers
+from hf_distill.planning.pruned import student_config
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.recipe.from_teacher import FromTeacher
 from hf_distill.runner.cache_writer import write_recipe_cache
 from hf_distill.runner.datasets import prepare_data
 from hf_distill.runner.model_loading import resolve_model
@@ -78,7 +82,8 @@ def jobs() -> Iterator[Workload]:
 
 def recipe_of(name: str, seed: int, output: Path, *more: str) -> Any:
     """A cell's recipe."""
-    values, changes = per_example_scores(name, seed, TEXTS, layers(), output)
+    start = random_start() if "start=random" in CELLS[name].changes else None
+    values, changes = per_example_scores(name, seed, TEXTS, layers(), output, start)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # its own: cells run side by side
         yaml.safe_dump(values, file)
         file.flush()
@@ -95,6 +100,19 @@ def layers() -> list[int]:
         batches = [dict(tokenizer(row, return_tensors="pt", truncation=True, max_length=256)) for row in rows]
         write_json(file, {"layers": top_layers(block_influence(model, batches), BLOCKS)})
     return read_json(file)["layers"]
+
+
+def random_start() -> Path:
+    """A student of the shape that is pruned in depth and width, with random weights."""
+    folder = WORK / "random"
+    if not folder.is_dir():
+        path = resolve_model(TEACHER)
+        config = student_config(FromTeacher(**NARROW_AND_SHALLOW), AutoConfig.from_pretrained(path))
+        set_seed(0)
+        with atomic_path(folder, f"{os.getpid()}.half") as temporary:
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(path).save_pretrained(temporary)
+    return folder
 
 
 def measure(student: Path, apart: bool = False) -> dict[str, float]:

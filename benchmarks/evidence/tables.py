@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import log
 from typing import Any
 
-from cells import BY_ALPHA, BY_TEMPERATURE
+from cells import BY_ALPHA, BY_TEMPERATURE, SHAPES
 from compute import PRETRAINING, share
 
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -74,6 +74,13 @@ def labels(results: Results) -> str:
     }
     teacher = results["before", 0]["metrics"]["teacher_perplexity"]
     return students(results, rows, seeds=3) + f"\n| teacher, 30 blocks | {teacher:.2f} | 0 | 1 | 100 % |"
+
+
+def shapes(results: Results) -> str:
+    """Students of equal size by shape, with the teacher and with hard labels only."""
+    rows = {title: distilled for title, (distilled, _) in SHAPES.items()}
+    rows |= {f"{title}; hard labels only": hard for title, (_, hard) in SHAPES.items()}
+    return students(results, rows, "81 million parameters")
 
 
 def rates(results: Results) -> str:
