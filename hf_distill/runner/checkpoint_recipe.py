@@ -35,7 +35,7 @@ _READING = {
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 }
 # Keys of `generate` that do not change the completions, or that the identity of the data set covers.
-_GENERATION = {"output_dir", "batching", "batch_size", "prompts_per_part"}
+_GENERATION = {"output_dir", "batching", "batch_size"}
 _SERVERS = {"url", "timeout", "retry_seconds", "concurrency", "prefetch", "api_key_env"}
 _EVALUATION_MEMORY = {"per_device_eval_batch_size", "eval_accumulation_steps"}
 _PROCESSES = "number of processes"
