@@ -35,6 +35,8 @@ CASES = [
     {"way": "loop", "batch_size": 16, "prompts": PROMPTS},
     {"way": "padded", "batch_size": 16, "prompts": PROMPTS},
     {"way": "continuous", "batch_size": 16, "prompts": PROMPTS},
+    {"way": "padded", "batch_size": 32, "prompts": PROMPTS},
+    {"way": "continuous", "batch_size": 32, "prompts": PROMPTS},
 ]
 
 
@@ -105,7 +107,8 @@ def run(case: dict[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     """Run all cases and write results/generation.json."""
-    one, batches, padded, continuous = interleaved(__file__, CASES, ROUNDS)
+    cases = interleaved(__file__, CASES, ROUNDS)
+    one, batches, padded, continuous, *_ = cases
     pace = "tokens_per_cpu_second"
     ratios = {
         "padded / loop of batch 1": padded[pace] / one[pace],
@@ -114,7 +117,6 @@ def main() -> None:
         "continuous / loop of padded batches": continuous[pace] / batches[pace],
     }
     settings = {"model": MODEL, "max_new_tokens": NEW_TOKENS, "threads": 1, "dtype": "float32"}
-    cases = [one, batches, padded, continuous]
     write_json(RESULT, {"environment": environment("cpu"), "settings": settings, "ratios": ratios, "cases": cases})
     print(ratios)
 

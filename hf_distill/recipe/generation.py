@@ -130,10 +130,10 @@ class Generation(StrictModel):
         description="Number of prompts whose completions are written together; an interruption loses at most the parts "
         "that are running. Default: 256.",
     )
-    batching: Literal["continuous", "padded"] | None = Field(
-        None,
+    batching: Literal["continuous", "padded"] = Field(
+        "continuous",
         description="Backend transformers: continuous batching, or padded batches of prompts of similar length, which "
-        "all models support. Default (null): continuous on an accelerator, and padded on a CPU.",
+        "all models support. Default: continuous.",
     )
     batch_size: int = Field(
         64,

@@ -58,7 +58,7 @@ class TransformersBackend:
         tokenizer: its tokenizer.
         encode: returns the token ids of a prompt.
         settings: sampling settings.
-        batching: "continuous" or "padded"; None: continuous on an accelerator, and padded on a CPU.
+        batching: "continuous" or "padded".
         batch_size: largest number of requests that are generated at the same time.
         model_identity: what names the model.
         capture: what is recorded of the distributions; None: nothing. A completion is then generated with one more
@@ -74,15 +74,14 @@ class TransformersBackend:
         tokenizer: PreTrainedTokenizerBase,
         encode: Callable[[Request], list[int]],
         settings: SamplingSettings,
-        batching: str | None,
+        batching: str,
         batch_size: int,
         model_identity: JSONObject,
         capture: Capture | None = None,
     ):
         self.capture = capture
         self.model, self.tokenizer, self.encode, self.settings = model.eval(), tokenizer, encode, settings
-        self.batching = batching or ("padded" if model.device.type == "cpu" else "continuous")
-        self.batch_size, self.model_identity = batch_size, model_identity
+        self.batching, self.batch_size, self.model_identity = batching, batch_size, model_identity
         self.eos_ids = _end_ids(model, tokenizer)
         model.generation_config = GenerationConfig()  # generate would use its values for those that are not set here
         is_plain = settings.temperature in (0, 1) and (settings.top_p == 1 or not settings.temperature)
