@@ -85,13 +85,18 @@ def cost_of(
     step = rows * recipe.data.max_length
     per_token = teacher.forward + student.training
     per_second = processes * speed / per_token
-    has_control = recipe.control in ("sft", "sft_on_data")  # the same student on the same tokens, without a teacher
+    # The same student on the same tokens, without a teacher, or distilled in full precision.
+    controls = {"sft": student.training, "sft_on_data": student.training, "full_precision": per_token}
+    control_flop = controls.get(recipe.control or "", 0.0)
     if (train.max_steps or 0) <= 0:
-        return Cost(step, None, per_token, None, None, per_second, None, None, None if has_control else 0.0)
+        return Cost(step, None, per_token, None, None, per_second, None, None, None if control_flop else 0.0)
     tokens = train.max_steps * step
     rule = rule_of_thumb(teacher.parameters, student.parameters, tokens).total
-    control = tokens * student.training if has_control else 0.0
-    rule += six_nd(student.parameters, tokens) if has_control else 0.0
+    control = tokens * control_flop
+    if recipe.control == "full_precision":
+        rule *= 2
+    elif control_flop:
+        rule += six_nd(student.parameters, tokens)
     flop = tokens * per_token + control
     hours = flop / (processes * speed) / 3600
     return Cost(step, tokens, per_token, flop, rule, per_second, gpus * hours, flop / pretraining, control)

@@ -18,6 +18,7 @@ from .estimates import GiB, StrategyEstimate, advice, estimate_strategies, fewes
 from .flops import six_nd
 from .generation import GenerationPlan, GenerationRates, plan_generation
 from .pruned import student_config, trimmed_vocab_size
+from .served_weights import rounding_memory, served_weights
 from .shapes import model_config
 from .strategy import Strategy
 from .token_ratio import teacher_token_ratio
@@ -145,7 +146,14 @@ def plan(
         cheapest=cheapest,
         best=best,
         caches=_plan_caches(recipe, workload, teacher, student, cost.tokens),
-        advice="\n".join([recommendation, *_token_counts(recipe, ratio), *_uncounted_parts(recipe)]),
+        advice="\n".join(
+            [
+                recommendation,
+                *_token_counts(recipe, ratio),
+                *_quantized_sizes(recipe, workload),
+                *_uncounted_parts(recipe, workload),
+            ]
+        ),
         decoding=(Decoding.of(workload.teacher), Decoding.of(workload.student)),
         generation=plan_generation(recipe, workload.teacher, rates, usable, speed),
     )
@@ -161,7 +169,13 @@ def _token_counts(recipe: Recipe, ratio: float) -> list[str]:
     ]
 
 
-def _uncounted_parts(recipe: Recipe) -> list[str]:
+def _quantized_sizes(recipe: Recipe, workload: Workload) -> list[str]:
+    """Return a sentence on the weights of a quantized student; nothing for others."""
+    quantize = recipe.student.quantize
+    return [served_weights(workload.student, quantize.resolved)] if quantize else []
+
+
+def _uncounted_parts(recipe: Recipe, workload: Workload) -> list[str]:
     """Return a sentence for each part of a run that its plan does not count."""
     parts = [_UNCOUNTED[spec.kind] for spec in recipe.all_teachers if spec.kind in _UNCOUNTED]
     others = [
@@ -169,6 +183,7 @@ def _uncounted_parts(recipe: Recipe) -> list[str]:
     ]
     parts += [f"the teacher {model} and its forward" for model in others]
     parts += ["the time and the KV cache of generating completions"] if recipe.on_policy else []
+    parts += [rounding_memory(workload.student)] if recipe.student.quantize else []
     return [f"The plan does not count {part}." for part in dict.fromkeys(parts)]
 
 

@@ -145,7 +145,7 @@ def verdict(plan: Plan) -> list[str]:
         lines = [
             f"Run: {cost.tokens_per_step:,} tokens per step. The recipe counts epochs and the length of its data is "
             "unknown, so its cost is unknown too: set train.max_steps=N to see it."
-            + (" The control trains the student for as long, without the teacher." if cost.control is None else ""),
+            + (" The control trains for as long." if cost.control is None else ""),
             f"Time: {pace}",
         ]
     else:
@@ -153,11 +153,7 @@ def verdict(plan: Plan) -> list[str]:
             f"Run: {cost.tokens:.3g} tokens, {cost.tokens_per_step:,} per step; {cost.flop:.3g} FLOP by formula, "
             f"{cost.rule:.3g} by the rule of thumb",
             f"Time: {pace}: {number_text(cost.gpu_hours)} GPU-hours, {number_text(cost.gpu_hours / plan.gpus)} hours",
-            *(
-                [f"Control: {cost.control:.3g} of these FLOP train the student on hard labels alone"]
-                if cost.control
-                else []
-            ),
+            *([f"Control: {cost.control:.3g} of these FLOP train the control"] if cost.control else []),
             f"Share: {number_text(100 * cost.share)} % of pretraining the student on {plan.pretraining_tokens:.0e} "
             f"tokens, which takes {plan.pretraining:.3g} FLOP by the rule of thumb",
         ]

@@ -128,18 +128,20 @@ class Strategy:
 def alternatives(method: str, gpus: int, absent: str = "") -> list[Strategy]:
     """Return the strategies that can be combined.
 
-    A quantized teacher or student is not sharded; DeepSpeed and FSDP2 are not mixed; adapters are too small to be
+    A teacher or student with quantized weights is not sharded, nor by ZeRO-3 a student that is trained with rounded
+    weights; DeepSpeed and FSDP2 are not mixed; adapters are too small to be
     sharded without the model.
 
     Args:
-        method: "full", "lora" or "qlora".
+        method: "full", "quantized", "lora" or "qlora".
         gpus: number of GPUs; on one there is nothing to shard.
         absent: why no teacher model is loaded, see `Workload.teacher_absent_because`.
     """
     teachers = (absent,) if absent else ("full", "int8", "nf4")
     if gpus == 1:
         return [Strategy(teacher, "single") for teacher in teachers]
-    students = {"full": STUDENTS[1:], "lora": ("ddp", *SHARDED), "qlora": ("ddp",)}[method]
+    without_zero3 = tuple(student for student in STUDENTS[1:] if student != "zero3")
+    students = {"full": STUDENTS[1:], "quantized": without_zero3, "lora": ("ddp", *SHARDED), "qlora": ("ddp",)}[method]
     strategies = [Strategy(teacher, student) for teacher in teachers for student in students]
     if absent:
         return strategies

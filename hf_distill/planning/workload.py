@@ -33,6 +33,7 @@ class Workload:
     checkpointing:   whether it trains with activation checkpointing
     lora:            the student's adapters; None: all weights are trained
     quantization:    "nf4" or "int8" of the student (QLoRA)
+    rounds:          whether the student is trained with rounded weights (`student.quantize`)
     captured:        number of captured feature values per token, of both models
     chunk_tokens:    target tokens in a chunk of the fused loss; None: it follows from the shapes
     served_heads:    bytes of the output heads that servers with api hidden send to the student's device
@@ -53,6 +54,7 @@ class Workload:
     checkpointing: bool = False
     lora: Lora | None = None
     quantization: str | None = None
+    rounds: bool = False
     teacher_absent_because: str = ""
     captured: int = 0
     chunk_tokens: int | None = None
@@ -66,7 +68,9 @@ class Workload:
 
     @property
     def method(self) -> str:
-        """Training method: full, lora or qlora."""
+        """Training method: full, quantized, lora or qlora."""
+        if self.rounds:
+            return "quantized"
         return "qlora" if self.quantization else "lora" if self.lora else "full"
 
     @cached_property
@@ -153,6 +157,7 @@ def make_workload(
         ),
         lora=spec.lora,
         quantization=spec.quantization,
+        rounds=spec.quantize is not None,
         teacher_absent_because=teacher_absence(recipe),
         chunk_tokens=train.chunk_tokens,
         served_heads=sum(stats.head * stats.dtype.itemsize for stats in map(ModelStats.of, served)),

@@ -96,7 +96,7 @@ def test_the_cost_includes_the_control():
     assert any(line.startswith("Control: ") for line in verdict(both))
     assert not any("control" in line.lower() for line in verdict(alone))
     epochs = plan(recipe("control=sft", "train.max_steps=null", "train.num_train_epochs=1"), 1, 80)
-    assert any("The control trains the student for as long" in line for line in verdict(epochs))
+    assert any("The control trains for as long" in line for line in verdict(epochs))
 
 
 def test_the_plan_of_a_chain_includes_the_direct_control():
@@ -168,3 +168,23 @@ def test_the_ema_of_a_pruned_student_has_the_pruned_size_and_the_advice_names_wh
     small, large = (plan(load_recipe("ema", [f"student.from_teacher={{keep_layers: {n}}}"]), 1, 80) for n in (10, 20))
     assert small.student.parameters == small.teacher.parameters < large.student.parameters
     assert "The plan does not count the averaged weights" in small.advice
+
+
+def test_a_quantized_student_is_planned_with_its_size_when_served_and_without_zero3():
+    overrides = (
+        "student.quantize={scheme: int4_weight_only, group_size: 32}",
+        "student.lora=null",
+        "train.max_steps=10",
+    )
+    models = ("student.quantization=null", f"student.model={SMALL}", f"teacher.model={SMALL}")
+    quantized = plan(recipe(*models, *overrides, "control=full_precision"), 2, 80)
+    alone = plan(recipe(*models, *overrides, "control=null"), 2, 80)
+    config = model_config(SMALL)
+    linear, all_weights = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536), ModelStats.of(config).parameters
+    packed = linear * (4 + 16 / 32) / 8 + 2 * (all_weights - linear)
+    stored = linear + linear / 32 * 5 + 4 * (all_weights - linear)
+    for size in (packed, stored, 2 * all_weights, 8 * linear):
+        assert f"{size / 2**20:,.0f} MiB" in quantized.advice
+    assert "zero3" not in {row.strategy.student for row in quantized.rows}
+    assert quantized.cost.flop == pytest.approx(2 * alone.cost.flop)
+    assert "Served as" not in plan(recipe(), 2, 80).advice
