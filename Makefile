@@ -103,6 +103,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python model_types.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python head_profile.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantized_teacher.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python quantized_student.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python sharded_teacher.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python plan.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python online_teachers.py

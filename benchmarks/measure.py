@@ -19,6 +19,7 @@ _PACKAGES = (
     "liger-kernel",
     "deepspeed",
     "bitsandbytes",
+    "torchao",
     "peft",
     "triton",
     "hf-distill",

@@ -102,6 +102,24 @@ def test_the_exported_checkpoint_computes_the_same_logits_bit_for_bit(tmp_path, 
     torch.testing.assert_close(logits_of(loaded), expected, rtol=0, atol=0)
 
 
+def test_the_backward_pass_keeps_two_numbers_per_weight_as_plans_say():
+    kept = []
+    for model in (llama(), prepare_quantized_student(llama(), INT4)):
+        weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def pack(tensor, weights=weights, saved=saved):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=torch.tensor([[3]])).logits.sum()
+        kept.append(sum(size for size, _ in saved.values()))
+    weights = sum(p.numel() for name, p in llama().model.layers.named_parameters() if "proj" in name)
+    assert 8 <= (kept[1] - kept[0]) / weights < 9
+
+
 def test_the_state_dict_is_that_of_the_plain_model():
     plain, prepared = llama(), prepare_quantized_student(llama(), INT4)
     assert {n: v.tolist() for n, v in prepared.state_dict().items()} == {
