@@ -96,7 +96,7 @@ CELLS: dict[str, Cell] = {
     "width": Cell((_shape(NARROW),)),
     "width_hard": Cell((_shape(NARROW), "distill.alpha=0"), ()),
     "depth_and_width": Cell((_shape(NARROW_AND_SHALLOW),)),
-    "depth_and_width_hard": Cell((_shape(NARROW_AND_SHALLOW), "distill.alpha=0"), ()),
+    "depth_and_width_hard": Cell((_shape(NARROW_AND_SHALLOW), "distill.alpha=0")),
     "random_start": Cell(("start=random",), ()),
     "random_start_hard": Cell(("start=random", "distill.alpha=0"), ()),
     "technical": Cell(("rows=technical",), apart=True),
