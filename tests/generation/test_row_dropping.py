@@ -88,10 +88,15 @@ def test_sampled_tokens_have_the_distribution_of_the_logits():
     assert (shares[expected == 0] == 0).all()
 
 
-@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_the_first_and_the_last_number_draw_tokens_that_are_possible(number, monkeypatch):
     logits = torch.full((50, 1000), -torch.inf)
     for row in range(50):
         logits[row, row : 900 + row] = torch.randn(900, generator=torch.Generator().manual_seed(row))
     monkeypatch.setattr(torch, "rand_like", lambda total: torch.full_like(total, number))
     assert torch.isfinite(logits.gather(1, sample(logits)[:, None])).all()
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    with pytest.raises(RuntimeError, match="logits are not finite"):
+        sample(torch.tensor([[0.0, 1.0], [float("nan"), 1.0]]))

@@ -14,8 +14,9 @@ from trl import DistillationConfig, DistillationTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
 from hf_distill.data import Collator, tokenize_examples
+from hf_distill.generation.backends import row_dropping
 from hf_distill.teachers import RemoteTeacher
-from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer, decoding
+from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer, OnPolicyDistillConfig, OnPolicyDistillTrainer
 
 ROWS = [{"prompt": conversation(i)[:1], "completion": conversation(i)[1:]} for i in range(12)]
 TEXT = [{"prompt": f"What is {i}?", "completion": f" It is {'very ' * (i % 3)}close to {i}."} for i in range(12)]
@@ -72,7 +73,7 @@ def logged(trainer, *names):
 def test_reverse_kl_on_generated_completions_equals_that_of_trl(make, monkeypatch):
     """With TRL's random draws: the same completions, losses and gradients, though micro-batches have other rows."""
     monkeypatch.setattr("hf_distill.trainer.trainer.TRAIN_STATISTICS_EVERY", 1)  # the entropy of all tokens, as in TRL
-    monkeypatch.setattr(decoding, "draw_tokens", lambda scores: torch.multinomial(scores.softmax(-1), 1)[:, 0])
+    monkeypatch.setattr(row_dropping, "sample", lambda scores: torch.multinomial(scores.softmax(-1), 1)[:, 0])
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3)
     theirs = make(cls=DistillationTrainer, config=DistillationConfig, temperature=1.0, **options)
     theirs.train()

@@ -1,11 +1,14 @@
 """Generation of a padded batch that goes on without the rows that have ended."""
 
+from functools import partial
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .prompt_groups import read_prompts
 
 _DROPPED_SHARE = 1 / 8  # of the rows that must have ended before the others are copied
 _SELECTABLE = {DynamicLayer, DynamicSlidingWindowLayer}  # layers of a cache that hold keys and values of each row
@@ -29,6 +32,7 @@ def generate_and_drop_rows(
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     streamer: None = None,
+    groups_prompts: bool = False,
     **model_kwargs: Any,
 ) -> Tensor:
     """Sample as `generate` does, and remove rows from the batch when they have ended.
@@ -45,6 +49,8 @@ def generate_and_drop_rows(
         generation_config: settings.
         synced_gpus: not used.
         streamer: not used.
+        groups_prompts: read prompts of similar length together, see `read_prompts`. Hooks of the model then see several
+            parts of the batch, in another order.
         model_kwargs: further inputs of the model.
 
     Returns:
@@ -55,7 +61,8 @@ def generate_and_drop_rows(
     rows = torch.arange(len(input_ids), device=input_ids.device)  # of `input_ids` that are left
     ended = torch.zeros_like(rows, dtype=torch.bool)
     results = list[tuple[Tensor, Tensor]]()
-    outputs = helpers._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    read = partial(read_prompts, model) if groups_prompts else helpers._prefill
+    outputs = read(input_ids, generation_config, model_kwargs)
     with helpers._optimize_model_for_decode():
         while True:
             model_kwargs = helpers._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -92,10 +99,16 @@ def _next_tokens(
 def sample(scores: Tensor) -> Tensor:
     """Return a random token for each row, [N], of logits [N, V], by inversion of the cumulative distribution.
 
-    `torch.multinomial` draws a number for each entry of the vocabulary, and this function one for each row.
+    `torch.multinomial` draws a number for each entry of the vocabulary, and this function one for each row. Sums are in
+    float64, so that improbable tokens keep their probabilities. Tokens of probability 0 are never drawn.
+
+    Raises:
+        RuntimeError: a row has no distribution, because a logit is NaN or infinite.
     """
-    cumulative = torch.softmax(scores.float(), -1).cumsum(-1)
+    cumulative = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise RuntimeError("The model's logits are not finite, so that no token can be sampled from them.")
     below = torch.nextafter(total, torch.zeros_like(total))  # the product may be rounded up to the total
     drawn = torch.minimum(torch.rand_like(total) * total, below)
     return torch.searchsorted(cumulative, drawn, right=True)[:, 0]
