@@ -9,7 +9,6 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 _TEXT_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 _ROPE_OF_THE_LONGEST_ROW = ("dynamic", "longrope")  # types of rotary embeddings
@@ -18,7 +17,7 @@ _SHORTEST_IN_GROUP = 0.8  # of the tokens of the longest prompt of a group
 
 def read_prompts(
     model: Any, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> ModelOutput:
+) -> Any:
     """Fill the empty cache of `model_kwargs` with the prompts of a batch, as the first step of `generate` does.
 
     Prompts of similar length run together, and the caches of the groups are joined. All prompts run together if their
@@ -39,8 +38,7 @@ def read_prompts(
     names = [name for name, value in model_kwargs.items() if isinstance(value, Cache)]
     is_chunked = generation_config.prefill_chunk_size is not None
     if len(groups) <= 1 or len(names) != 1 or is_chunked or not _are_rows_separable(model, model_kwargs, names[0]):
-        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-        return cast(ModelOutput, outputs)
+        return model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     logits, caches = [], []
     for rows, width in groups:
         index = torch.tensor(rows, device=input_ids.device)
