@@ -72,7 +72,7 @@ def check(signals, expected, count):
 def test_recorded_distributions_are_those_of_one_forward_and_include_that_after_the_end(
     capture, batching, stop, model, monkeypatch
 ):
-    end = [TOKENIZER.eos_token_id, *range(0, len(TOKENIZER), 9)]
+    end = [TOKENIZER.eos_token_id, *range(0, len(TOKENIZER), 10)]
     monkeypatch.setattr(model, "generation_config", SimpleNamespace(eos_token_id=end))
     settings = SamplingSettings(temperature=0.7, top_p=0.9, max_new_tokens=8, stop=stop)
     backend = TransformersBackend(model, TOKENIZER, encode, settings, batching, 3, {"model": "tiny"}, capture)
