@@ -39,7 +39,7 @@ def build_card(facts: CardData, figures: Sequence[Figure] = ()) -> ModelCard:
         title=markdown(facts.repo.rpartition("/")[2]),
         summary=summary_of(facts),
         snippet=code_block(snippet, "python") if (snippet := snippet_of(facts)) else None,
-        held_out=held_out_table(facts.held_out, facts.target, "quantization" in facts.student),
+        held_out=held_out_table(facts.held_out, facts.target, "quantization" in facts.student, facts.control),
         retention=retention_table(facts.retention),
         figures=[Figure(quote(figure.path), markdown(figure.caption)) for figure in figures],
         diagnosis={code_span(name): markdown(text) for name, text in (facts.diagnosis or {}).items()},

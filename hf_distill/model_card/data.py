@@ -170,6 +170,11 @@ class CardData:
         for field in fields(self):
             object.__setattr__(self, field.name, reduced(getattr(self, field.name), known))
 
+    @property
+    def control(self) -> str:
+        """Value of `control` in the recipe; "sft" without one."""
+        return str((self.recipe or {}).get("control") or "sft")
+
     def as_json(self) -> JSONObject:
         """Return the content of distillation.json."""
         return asdict(self)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.escape import markdown
-from ..core.held_out_metrics import formatted, has_any, metrics_of_teacher, shown_metrics, target_words
+from ..core.held_out_metrics import CONTROL_TITLES, formatted, has_any, metrics_of_teacher, shown_metrics, target_words
 from ..core.quantized_titles import with_quantization
 from ..core.results import Metrics
 from .data import ScoreFacts, TaskFacts
@@ -12,7 +12,7 @@ from .data import ScoreFacts, TaskFacts
 MODEL_TITLES = {
     "before": "student before training",
     "student": "student",
-    "control": "control (hard labels only)",
+    "control": CONTROL_TITLES["sft"],
     "peer": "peer",
     "ema": "EMA teacher",
 }
@@ -26,15 +26,16 @@ class Table:
     table: str = ""
 
 
-def held_out_table(models: Mapping[str, Metrics], target: str, quantized: bool = False) -> Table:
+def held_out_table(models: Mapping[str, Metrics], target: str, quantized: bool = False, control: str = "sft") -> Table:
     """Return the metrics of models on the held-out rows, the teacher first; only losses if there are no others.
 
     Args:
         models: name -> metrics.
         target: noun for a target.
         quantized: whether the student is quantized.
+        control: value of `control` in the recipe.
     """
-    titles = with_quantization(MODEL_TITLES, quantized)
+    titles = with_quantization(MODEL_TITLES | {"control": CONTROL_TITLES[control]}, quantized)
     shown = shown_metrics(models.values(), target)
     if not shown:
         losses = {name: m["loss"] for name, m in models.items() if "loss" in m}

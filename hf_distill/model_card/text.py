@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ..core.escape import code_span, markdown
-from ..core.held_out_metrics import target_words
+from ..core.held_out_metrics import CONTROL_TITLES, target_words
 from ..core.pruned_sizes import shape_text
 from ..core.references import is_id
 from ..losses import LOSSES
@@ -50,7 +50,7 @@ def summary_of(facts: CardData) -> str:
         if "teacher_perplexity" in after:
             compared.append(f"teacher: {after['teacher_perplexity']:.2f}")
         if "perplexity" in control:
-            compared.append(f"same student trained on hard labels only: {control['perplexity']:.2f}")
+            compared.append(f"{CONTROL_TITLES[facts.control]}: {control['perplexity']:.2f}")
         if "full_precision" in models:
             compared.append(f"same student in full precision: {models['full_precision']['perplexity']:.2f}")
             compared.append(f"and quantized after training: {models['quantized_after']['perplexity']:.2f}")

@@ -54,6 +54,21 @@ def test_a_path_is_not_published_as_a_base_model(name):
     assert "/home/me" not in card.content
 
 
+@pytest.mark.parametrize(
+    ("control", "title"),
+    [
+        ("sft", "control (hard labels only)"),
+        ("sft_on_data", "control (hard labels of the data's completions)"),
+        ("direct", "control (distilled directly)"),
+    ],
+)
+def test_the_card_says_how_the_control_was_trained(control, title):
+    models = FACTS.held_out | {"control": {"perplexity": 9.5}}
+    text = build_card(replace(FACTS, held_out=models, recipe={"control": control})).text
+    assert f"{title}: 9.50" in text
+    assert f"| {title} | 9.50 |" in text
+
+
 def test_the_text_follows_from_the_data():
     text = build_card(FACTS).text
     assert "A model with 1.5M parameters, initialized from [org/base]" in text
