@@ -110,6 +110,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python cache.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python diagnosis.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python importance.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python importance.py norms
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python hub.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python remote.py
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart

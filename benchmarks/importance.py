@@ -1,5 +1,8 @@
 """The cost of measuring importance, and students of about 81 million parameters before training: python importance.py.
 
+python importance.py norms: whether the weights of norms over fewer channels should be rescaled, before and after STEPS
+steps of distillation (forward KL at T = 1).
+
 SmolLM2-135M-Instruct (30 blocks, 576 channels, 1536 neurons, 9 heads) on the texts of the evidence: importance is
 measured on training rows of up to 256 tokens, and perplexity on held-out rows. One thread; seconds are CPU seconds.
 """
@@ -25,6 +28,7 @@ sys.path.insert(0, str(HERE / "evidence"))
 from texts import prepare  # noqa: E402
 
 TEXTS = HERE.parent / "runs/evidence/texts"
+STEPS, LEARNING_RATE = 24, 5e-4
 ROWS, HELD_OUT_ROWS, COST_ROWS, MAX_LENGTH, ROUNDS = 16, 16, 4, 256, 5
 # Sizes with 80.7 to 82.0 million parameters. Blocks are chosen by block influence.
 SHAPES: dict[str, dict[str, int]] = {
@@ -88,6 +92,42 @@ def measure_cost(model, calibration: list[dict]) -> dict[str, float]:
     return {"tokens": count_tokens(calibration)} | {f"{k}_cpu_seconds": v for k, v in medians.items()} | ratios
 
 
+@torch.no_grad()
+def norm_factors(model, channels: list[int], calibration: list[dict]) -> dict[str, float]:
+    """Return for each norm the mean of RMS(kept channels of its input) / RMS(all channels) over tokens."""
+    values: dict[str, list[torch.Tensor]] = {}
+
+    def save(name: str) -> Callable[..., None]:
+        def hook(_module, args: tuple) -> None:
+            squares = args[0].float().square()
+            values.setdefault(name, []).append((squares[..., channels].mean(-1) / squares.mean(-1)).sqrt().mean())
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(save(n)) for n, m in model.named_modules() if n.endswith("norm")]
+    for batch in calibration:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: float(torch.stack(factors).mean()) for name, factors in values.items()}
+
+
+def distill(student, model, training: list[dict]) -> None:
+    """Train a student on the teacher's distribution, one batch a step."""
+    optimizer = torch.optim.AdamW(student.train().parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    for step, batch in enumerate(training):
+        with torch.no_grad():
+            target = model(**batch).logits.log_softmax(-1)
+        real = batch["attention_mask"].bool()
+        predicted = student(**batch).logits.log_softmax(-1)
+        loss = torch.nn.functional.kl_div(predicted[real], target[real], log_target=True, reduction="batchmean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 6)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def load() -> tuple[Any, Any, list[dict], list[dict]]:
     """Return the tokenizer, the model, and batches of calibration and held-out rows."""
     torch.set_num_threads(1)
@@ -96,6 +136,29 @@ def load() -> tuple[Any, Any, list[dict], list[dict]]:
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).eval()
     calibration, held_out = batches(tokenizer, "train", ROWS), batches(tokenizer, "held_out", HELD_OUT_ROWS)
     return tokenizer, model, calibration, held_out
+
+
+def norms() -> None:
+    """Compare norms that are and are not rescaled, and write results/importance_norms.json."""
+    tokenizer, model, calibration, held_out = load()
+    training = [{k: v[:2] for k, v in batch.items()} for batch in batches(tokenizer, "more", 4 * STEPS)]
+    importance = measure_importance(model, calibration)
+    found: dict = {"steps": STEPS, "training_tokens": count_tokens(training), "held_out_tokens": count_tokens(held_out)}
+    assert found["training_tokens"] > 0
+    for name in ("as they are", "rescaled"):
+        pruned = prune_student(model, PrunedShape(**SHAPES["channels and neurons"]), importance)
+        student = pruned.model
+        if name == "rescaled":
+            factors = norm_factors(model, pruned.kept.channels or [], calibration[:2])
+            found["mean_factor"] = sum(factors.values()) / len(factors)
+            with torch.no_grad():
+                for norm, factor in factors.items():
+                    student.get_submodule(norm).weight.mul_(factor)
+        before = perplexity(student, held_out)
+        distill(student, model, training)
+        found[name] = {"perplexity_before": before, "perplexity_after": perplexity(student, held_out)}
+        print(name, found[name], flush=True)
+    write_json(HERE / "results/importance_norms.json", found | {"environment": environment("cpu")})
 
 
 def main() -> None:
@@ -137,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    norms() if sys.argv[1:] == ["norms"] else main()
