@@ -95,7 +95,7 @@ def one(case: dict) -> dict:
     }
 
 
-CASES = [{"tokens": tokens, "seed": seed} for seed in range(3) for tokens in ("all", "used")]
+CASES = [{"tokens": tokens, "seed": 0} for tokens in ("all", "used")]
 
 
 if __name__ == "__main__":

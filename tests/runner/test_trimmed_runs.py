@@ -256,3 +256,14 @@ def test_the_student_alone_is_written_with_its_tokenizer(tmp_path):
     assert student.config.vocab_size == len(tokenizer) == 700
     assert written.metrics["bits_per_byte"] > 0
     assert written.student["widths"] == {"vocab_size": 700}
+
+
+def test_an_on_policy_student_generates_its_own_tokens():
+    rows = [{"prompt": TEXT[i : i + 40], "completion": TEXT[i + 40 : i + 90]} for i in range(0, 3000, 150)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"task": {"path": "prompts.jsonl"}, "eval": {"holdout": 0.2, "max_rows": 4}, "max_length": 64}
+    on_policy = {"fraction": 0.5, "max_completion_length": 8}
+    run = run_recipe(recipe_of("on-policy", data=data, on_policy=on_policy)).folder
+    student, tokenizer = loaded(run / "student")
+    assert student.config.vocab_size == len(tokenizer) < len(trained("groups"))
+    assert all(0 < loss < 10 for loss in losses(run))
