@@ -95,7 +95,7 @@ CELLS: dict[str, Cell] = {
     "cache_top_64": _cached(kind="top_k", k=64),
     "width": Cell((_shape(NARROW),)),
     "width_hard": Cell((_shape(NARROW), "distill.alpha=0"), ()),
-    "depth_and_width": Cell((_shape(NARROW_AND_SHALLOW),)),
+    "depth_and_width": Cell((_shape(NARROW_AND_SHALLOW),), (0, 1)),
     "depth_and_width_hard": Cell((_shape(NARROW_AND_SHALLOW), "distill.alpha=0")),
     "random_start": Cell(("start=random",), ()),
     "random_start_hard": Cell(("start=random", "distill.alpha=0"), ()),
