@@ -243,7 +243,7 @@ def test_other_filters_write_the_cache_of_the_rows_that_they_keep(recipe_of, tmp
 @pytest.mark.parametrize(
     ("generate", "changes", "message"),
     [
-        ({}, ["data.task.generate=true", "train.seed=1"], "sources with generate: true"),
+        ({}, ["data.task.generate=true", "train.seed=1"], "trains with its teacher, not with a cache"),
         ({}, ["distill.cross_tokenizer=alm"], "distill.cross_tokenizer is set"),
         ({}, ["losses=[{name: forward_kl}, {name: hidden_mse}]"], "hidden_mse compares features of further layers"),
         ({"backend": "server", "url": "http://127.0.0.1:1"}, [], "distill.temperature is 2, .*set distill.temp"),
