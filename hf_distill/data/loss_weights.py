@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -32,14 +33,8 @@ def with_loss_weights(
         DistillError: there is no such column, a value is no finite number, or it is negative and there is no
             temperature.
     """
-    columns = rows.column_names or list(next(iter(rows)))
-    if column not in columns:
-        reason = "; text sources are joined and cut into rows, which have no columns" if columns == [TEXT] else ""
-        raise DistillError(
-            f"{where}: loss_weight names the column {column!r}, which the source does not have"
-            f"{reason or did_you_mean(column, columns)}"
-        )
-    read = by_row(lambda row: {WEIGHT: _number(row[column], column, temperature is None)}, rows, where)
+    check_weight_column(column, rows.column_names or list(next(iter(rows))), where)
+    read = by_row(lambda row: {WEIGHT: weight_value(row[column], column, temperature is None)}, rows, where)
     if temperature is None:
         return map_exactly(rows, read, _features(rows))
     assert isinstance(rows, Dataset)  # a recipe cannot take the mean over a stream
@@ -50,7 +45,36 @@ def with_loss_weights(
     return map_exactly(rows, lambda row, number: {WEIGHT: float(weights[number])}, _features(rows))
 
 
-def _number(value: object, column: str, is_weight: bool) -> float:
+def check_weight_column(column: str, columns: Sequence[str], where: str) -> None:
+    """Check that rows have the column of their weights.
+
+    Args:
+        column: The column of the weights.
+        columns: The columns of the rows.
+        where: Name of the source in errors.
+
+    Raises:
+        DistillError: They do not have it.
+    """
+    if column not in columns:
+        reason = "; text sources are joined and cut into rows, which have no columns" if [*columns] == [TEXT] else ""
+        raise DistillError(
+            f"{where}: loss_weight names the column {column!r}, which the source does not have"
+            f"{reason or did_you_mean(column, columns)}"
+        )
+
+
+def weight_value(value: object, column: str, is_weight: bool) -> float:
+    """Return the value of a column of weights.
+
+    Args:
+        value: The value.
+        column: The column.
+        is_weight: Whether the value itself is the weight, and not a score with a temperature.
+
+    Raises:
+        DistillError: It is no finite number, or it is negative and is the weight.
+    """
     number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number):
         raise DistillError(

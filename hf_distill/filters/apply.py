@@ -252,7 +252,7 @@ def _why_nothing_is_left(number: int, counts: Sequence[StepCount], set_aside: Se
         for count in counts
         if count.removed or count.set_aside
     ]
-    first = f" The first exception is {set_aside[0].error}" if set_aside else ""
+    first = f" The first exception is {set_aside[0].error.rstrip('.')}." if set_aside else ""
     return (
         f"The filters leave none of {number:,} rows: {'; '.join(parts)}.{first} Change the options of the filter that "
         "removed most, or remove it."

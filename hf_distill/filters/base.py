@@ -36,6 +36,11 @@ class Step(StrictModel):
         """The columns that it reads beside `prompt`, `completion` and `source`."""
         return ()
 
+    @property
+    def added_columns(self) -> tuple[str, ...]:
+        """The columns that it may add to the rows."""
+        return ()
+
     def check_packages(self) -> None:
         """Raise a DistillError if an optional package that the step needs is not installed."""
         for package in self.packages:

@@ -11,6 +11,7 @@ from .rows import Row, column, completion_text
 from .user_functions import SCORE, check_function_name, finite_score, load_function
 
 LOG_PROBABILITY = "logprob"
+_VOTE_SHARE = "vote_share"
 
 
 class BestOfN(Selection):
@@ -42,6 +43,11 @@ class BestOfN(Selection):
     def columns(self) -> tuple[str, ...]:
         """The columns that it reads beside `prompt`, `completion` and `source`."""
         return (LOG_PROBABILITY,) if self.score == LOG_PROBABILITY else ()
+
+    @property
+    def added_columns(self) -> tuple[str, ...]:
+        """The columns that it adds to the rows."""
+        return (SCORE,)
 
     def start(self) -> Callable[[Row], float]:
         """Return the function that measures one sample."""
@@ -76,6 +82,11 @@ class MajorityVote(AnswerStep, Selection):
         "Default: 0.",
     )
 
+    @property
+    def added_columns(self) -> tuple[str, ...]:
+        """The columns that it adds to the rows."""
+        return (_VOTE_SHARE,)
+
     def start(self) -> Callable[[Row], Answer | None]:
         """Return the function that measures one sample."""
         self.check_thread()
@@ -98,4 +109,4 @@ class MajorityVote(AnswerStep, Selection):
         share = len(members) / len(answers)
         if share < self.min_share:
             return {}
-        return {i: {"vote_share": share} for i in (members if self.keep == "all" else members[:1])}
+        return {i: {_VOTE_SHARE: share} for i in (members if self.keep == "all" else members[:1])}

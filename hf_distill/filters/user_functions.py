@@ -102,6 +102,11 @@ class FunctionFilter(RowFilter):
         """The name in counts and messages."""
         return f"function {self.function}"
 
+    @property
+    def added_columns(self) -> tuple[str, ...]:
+        """The columns that it may add to the rows."""
+        return (SCORE,)
+
     def start(self) -> Callable[[Row], Verdict]:
         """Return the function that judges the rows of one data set in order."""
         function = load_function(self.function)

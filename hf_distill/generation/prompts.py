@@ -71,7 +71,7 @@ def read_source(
 
 def _split(row: dict[str, Any]) -> tuple[str | list[dict], str | None]:
     """Return the prompt of a row and its reference completion."""
-    if row.get("prompt") is None:
+    if row.get("prompt") is None and ("messages" in row or "prompt" not in row):
         messages = [_without_none(message) for message in check_messages(row, "messages")]
         if messages[-1]["role"] == ASSISTANT and len(messages) > 1:
             return messages[:-1], _text(messages[-1:])
@@ -81,6 +81,8 @@ def _split(row: dict[str, Any]) -> tuple[str | list[dict], str | None]:
         if not row["prompt"].strip():
             raise DistillError("column prompt: it is empty. Leave the row out")
         return check_text(row, "prompt"), reference
+    if row["prompt"] is None:
+        raise DistillError("column prompt: found null, but it needs a text or a list of messages. Leave the row out")
     return [_without_none(message) for message in check_messages(row, "prompt")], reference
 
 

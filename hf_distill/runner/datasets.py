@@ -111,9 +111,9 @@ def prepare_data(
     for index, name in enumerate(data.sources):
         documents, held_out_documents = load_split(recipe, name, seed, of_data)
         if held_out_documents is not None:
-            rows = _first(_rows(held_out_documents, recipe, name, tokenizers), data.eval.max_rows)
+            rows = _first(_rows(held_out_documents, recipe, name, tokenizers, of_data=True), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
-        train[name] = _rows(documents, recipe, name, tokenizers)
+        train[name] = _rows(documents, recipe, name, tokenizers, of_data)
         if logs_targets and TEXT not in (documents.column_names or ()):
             _log_targets(train[name], f"data.{name}")
     if data.eval.path:
@@ -281,7 +281,8 @@ def load_source(recipe: Recipe, name: str, of_data: bool = False) -> Examples:
     else:
         documents = load_examples(source.path, source.split, source.name, source.column, source.streaming)
     if (by := source.loss_weight) is not None and not of_data:  # the column is that of the completions
-        documents = with_loss_weights(documents, by.column, by.temperature, f"data.{name} ({source.path})")
+        path = recipe.generated_folder(name) if source.generate else source.path
+        documents = with_loss_weights(documents, by.column, by.temperature, f"data.{name} ({path})")
     names = [spec.name for spec in recipe.teachers if not spec.sources]
     check_no_teacher_column(
         documents, names, f"data.{name}", "give the teachers `sources`, by which recipes route rows"
@@ -289,11 +290,20 @@ def load_source(recipe: Recipe, name: str, of_data: bool = False) -> Examples:
     return _with_prompts(documents, recipe, f"data.{name}")
 
 
-def with_origin(rows: Examples, recipe: Recipe, name: str) -> Examples:
-    """Return the rows of a source with its origin as a column, if it has one."""
+def with_origin(rows: Examples, recipe: Recipe, name: str, of_data: bool = False) -> Examples:
+    """Return the rows of a source with its origin as a column, if it has one.
+
+    Args:
+        rows: The rows.
+        recipe: The recipe.
+        name: Name of the source.
+        of_data: Whether rows of a source with generate: true have the completions of the data.
+    """
     sources = recipe.data.sources
     is_read = recipe.distill.by_origin or any(source.origin for source in sources.values())
     author = sources[name].author if name in sources else None
+    if of_data and name in sources and sources[name].generate:
+        author = "data"
     if author is None or not is_read:
         return rows
     index = ORIGINS.index(author)
@@ -330,8 +340,11 @@ def chat_template_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | No
     return template
 
 
-def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizers) -> Examples:
-    """Tokenize the examples of a source; `eval` uses the options of `task`."""
+def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizers, of_data: bool = False) -> Examples:
+    """Tokenize the examples of a source; `eval` uses the options of `task`.
+
+    With `of_data`, those of a source with generate: true have the completions of the data.
+    """
     data = recipe.data
     source = data.sources.get(name, data.task)
     where = f"data.{name} ({data.eval.path if name == 'eval' else source.path})"
@@ -350,7 +363,7 @@ def _rows(documents: Examples, recipe: Recipe, name: str, tokenizers: _Tokenizer
     )
     if trimming is not None:
         rows = with_new_ids(rows, trimming.kept_ids)
-    return with_origin(rows, recipe, name)
+    return with_origin(rows, recipe, name, of_data)
 
 
 def _second_prompt(recipe: Recipe, columns: Sequence[str]) -> SecondPrompt | None:

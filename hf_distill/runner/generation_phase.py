@@ -11,7 +11,11 @@ from pathlib import Path
 
 import torch
 
+from ..data.loss_weights import check_weight_column, weight_value
 from ..errors import DistillError
+from ..filters.selections import LOG_PROBABILITY
+from ..filters.user_functions import FunctionFilter
+from ..generation.dataset import COLUMNS, column_names
 from ..generation.progress import GenerationProgress
 from ..generation.prompts import SourceRow
 from ..generation.store import read_facts
@@ -43,6 +47,7 @@ def generate_sources(
         select = partial(generation_rows, recipe, seed=seed_of(recipe))
         prompts = read_prompts_of(recipe, options, name, select=select)
         _check_references(recipe, name, prompts)
+        _check_loss_weight(recipe, options, name, prompts)
         if read_facts(Path(recipe.generated_folder(name))).get("request") != request_of(recipe, options, prompts):
             missing[name] = prompts
     if missing and env_world_size() > 1:
@@ -75,3 +80,31 @@ def _check_references(recipe: Recipe, name: str, prompts: Sequence[SourceRow]) -
             f"{' and '.join(readers)} the completions of the data: set data.eval.path instead of holdout, use another "
             "control, or add completions."
         )
+
+
+def _check_loss_weight(recipe: Recipe, options: Generation, name: str, prompts: Sequence[SourceRow]) -> None:
+    """Check the column of `loss_weight` before the generation, as far as it is known then.
+
+    The values of a column of the source are checked, unless a function of the user may remove rows by them.
+
+    Raises:
+        DistillError: The completions will not have the column, or a value cannot be the weight of a row.
+    """
+    if (by := recipe.data.sources[name].loss_weight) is None:
+        return
+    steps = [*options.filters, *([options.select] if options.select else [])]
+    added = {column for step in steps for column in step.added_columns}
+    columns = column_names(prompts, options.reasoning, options.log_probs)
+    check_weight_column(by.column, [*dict.fromkeys([*columns, *sorted(added)])], f"data.{name}")
+    if by.column == LOG_PROBABILITY and by.temperature is None:
+        raise DistillError(
+            f"data.{name}.loss_weight: the values of {LOG_PROBABILITY} are negative, and the factor of a loss is at "
+            f"least 0. Set a temperature, such as loss_weight: {{column: {LOG_PROBABILITY}, temperature: 1.0}}."
+        )
+    if by.column in COLUMNS or by.column in added or any(isinstance(step, FunctionFilter) for step in steps):
+        return
+    for row in prompts:
+        try:
+            weight_value(row.columns.get(by.column), by.column, by.temperature is None)
+        except DistillError as error:
+            raise DistillError(f"data.{name}, row {row.prompt.row} (counted from 0), {error}") from None

@@ -243,6 +243,11 @@ def test_a_filter_on_a_missing_column_is_an_error_before_the_generation(recipe_o
     [
         ([{"text": "no prompt"}], {}, r"data.task has the columns \['text'\], and no prompts: use a source"),
         ([{"prompt": " "}], {}, "row 0 .counted from 0., column prompt: it is empty"),
+        (
+            [{"prompt": "a"}, {"prompt": None}],
+            {},
+            "row 1 .counted from 0., column prompt: found null, but it needs a text",
+        ),
         (TEXTS, {"system_prompt": "x"}, "system_prompt needs conversations"),
         (TEXTS, {"max_new_tokens": 508}, "5 of 5 prompts do not fit into the context of 512 tokens"),
         ([*TEXTS, {"prompt": "long " * 110}], {}, "1 of 6 prompts do not fit.* data.task, row 5"),

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_distill.analysis import open_run
+from hf_distill.core.row_values import ORIGINS
 from hf_distill.core.targets import IGNORE_INDEX
 from hf_distill.data import load_examples
 from hf_distill.errors import DistillError
@@ -317,3 +318,47 @@ def test_the_commands_generate_and_run_do_the_same_in_a_smoke_run(run_cli, recip
 
 def test_generate_with_a_folder_completes_the_prompts_of_all_sources(recipe_of, tmp_path):
     assert generate_data(recipe_of("data.task.generate=false"), str(tmp_path / "out")).rows == 20
+
+
+def test_rows_with_the_completions_of_the_data_are_of_the_data_s_origin(recipe_of):
+    recipe = recipe_of("distill.by_origin={teacher: {alpha: 0.9}}", control="sft_on_data")
+    generate_sources(recipe)
+    processor = task_of(recipe).load_processor()
+    student = prepare_data(recipe, processor, 42, 1)
+    assert {row["origin"] for row in student.train} == {ORIGINS.index("teacher")}
+    assert {row["origin"] for row in student.held_out} == {ORIGINS.index("data")}
+    control = prepare_data(recipe, processor, 42, 1, of_data=True)
+    assert {row["origin"] for row in control.train} == {ORIGINS.index("data")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.task.loss_weight=scor"], r"data.task: loss_weight names the column 'scor'.*score"),
+        (["data.task.loss_weight=score"], r"data.task, row 0 .*, column score: -2.0 cannot be the factor of a loss"),
+        (["data.task.loss_weight=vote_share"], "loss_weight names the column 'vote_share', which the source does not"),
+        (["data.task.loss_weight=logprob"], "the values of logprob are negative.* temperature: 1.0"),
+        (["data.task.loss_weight={column: logprob, temperature: 1.0}", "generate.log_probs=false"], "column 'logprob'"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_an_error_before_the_generation(changes, message, recipe_of, tmp_path):
+    rows = [{**row, "score": i - 2} for i, row in enumerate(ROWS)]
+    with pytest.raises(DistillError, match=message):
+        generate_sources(recipe_of(*changes, "data.eval={path: package:builtins}", rows=rows))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.task.loss_weight={column: score, temperature: 1.0}"],
+        ["data.task.loss_weight=vote_share", "generate.select={name: majority_vote, compare: exact}"],
+        ["data.task.loss_weight=tokens"],
+    ],
+)
+def test_weights_by_columns_of_the_source_of_a_selection_and_of_the_generation_are_possible(changes, recipe_of):
+    rows = [{**row, "score": i - 2} for i, row in enumerate(ROWS)]
+    recipe = recipe_of(*changes, "data.eval={path: package:builtins}", "generate.max_prompts=2", rows=rows)
+    generate_sources(recipe)
+    weights_of_rows = prepare_data(recipe, task_of(recipe).load_processor(), 42, 1).train["weight"]
+    assert all(weight > 0 for weight in weights_of_rows)
