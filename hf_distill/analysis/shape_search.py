@@ -74,7 +74,10 @@ def find_shape(
     spec = recipe.primary_teacher
     teacher = model_config(spec.loaded_model or recipe.tokenizer_model, spec.revision)
     grid = shape_candidates(teacher, cut.parameter_budget)
-    plan = [(len(grid), 0), *rungs(len(grid), steps, eta)[:-1]]  # the last rung has one candidate, the winner
+    plan = [
+        (len(grid), 0),
+        *rungs(len(grid), steps, eta, "--steps")[:-1],
+    ]  # the last rung has one candidate, the winner
     search_folder, args = Path(folder), arguments(recipe)
     settings: SearchSettings = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
     file = run_files.SHAPE_SEARCH

@@ -57,7 +57,7 @@ class Candidate:
         return f"t{self.temperature:g}-a{self.alpha:g}"
 
 
-def rungs(candidates: int, steps: int, eta: int = 2) -> list[tuple[int, int]]:
+def rungs(candidates: int, steps: int, eta: int = 2, setting: str = "train.max_steps") -> list[tuple[int, int]]:
     """Return (number of candidates, step up to which they train) of each rung; no step is trained twice.
 
     The last rung has one candidate and all steps; each earlier rung has eta times as many candidates and eta times
@@ -69,6 +69,7 @@ def rungs(candidates: int, steps: int, eta: int = 2) -> list[tuple[int, int]]:
         candidates: number of candidates.
         steps: of a full run.
         eta: one of eta candidates continues.
+        setting: what sets the steps, for the error.
 
     Raises:
         DistillError: there is no candidate, eta is below 2, or the first rung would have less than 2 steps.
@@ -81,7 +82,7 @@ def rungs(candidates: int, steps: int, eta: int = 2) -> list[tuple[int, int]]:
     if steps < 2 * eta**count:
         raise DistillError(
             f"{steps} steps are too few for {candidates} candidates: the first of {count + 1} rungs would have "
-            f"{steps / eta**count:.1f}. Set train.max_steps to {2 * eta**count} or more, or give fewer candidates."
+            f"{steps / eta**count:.1f}. Set {setting} to {2 * eta**count} or more, or give fewer candidates."
         )
     sizes = [candidates, *(eta**i for i in reversed(range(count)))]
     return [(size, round(steps / eta ** (count - i))) for i, size in enumerate(sizes)]

@@ -40,6 +40,8 @@ _COLUMNS = {
     "logprob": "mean log-probability of the tokens, in nats",
     "reasoning": "the reasoning before the answer",
     "reference": "the completion of the source",
+}
+_ADDED_COLUMNS = {
     "score": "score by which the completion was selected",
     "vote_share": "share of the samples of the prompt with the same answer",
 }
@@ -56,6 +58,7 @@ class CardFacts:
     sources:   name of a source -> number of its prompts
     counts:    what happened to the completions, in order
     columns:   columns of the data set
+    added_columns: those that filters and the selection may have added
     filters:   counts of each filter
     measures:  measures of parts of the data set, see `Evaluation`
     cache:     facts of the teacher cache; empty if there is none
@@ -68,6 +71,7 @@ class CardFacts:
     sources: Mapping[str, int]
     counts: Mapping[str, int | float]
     columns: Sequence[str]
+    added_columns: Sequence[str] = ()
     filters: Sequence[JSONObject] = field(default=())
     measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cache: JSONObject = field(default_factory=dict)
@@ -79,6 +83,7 @@ def render_card(facts: CardFacts) -> str:
     head = _HEAD.format(
         title=markdown(facts.title), model=code_span(facts.model), version=__version__, license=license_note
     )
+    contents = _COLUMNS | {name: _ADDED_COLUMNS.get(name, "of a filter") for name in facts.added_columns}
     sections = [
         _table("Counts", ("", ""), [(name, f"{value:,}") for name, value in facts.counts.items()]),
         _table(
@@ -86,7 +91,7 @@ def render_card(facts: CardFacts) -> str:
         ),
         _table("Settings", ("key", "value"), [(key, markdown(value)) for key, value in facts.settings.items()]),
         _table(
-            "Columns", ("column", "content"), [(markdown(c), _COLUMNS.get(c, "of the source")) for c in facts.columns]
+            "Columns", ("column", "content"), [(markdown(c), contents.get(c, "of the source")) for c in facts.columns]
         ),
     ]
     if facts.measures:

@@ -1,6 +1,6 @@
 """The rows of a generated data set: prompts joined with their completions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -79,6 +79,24 @@ def column_names(sources: Sequence[SourceRow], reasoning: str, log_probs: bool) 
     absent |= set[str]() if any(source.reference is not None for source in sources) else {REFERENCE}
     of_sources = dict.fromkeys(name for source in sources for name in source.columns)
     return [*dict.fromkeys([*(name for name in COLUMNS if name not in absent), *of_sources])]
+
+
+def replaced_columns(sources: Sequence[SourceRow], reasoning: str, added: Collection[str]) -> list[str]:
+    """Return the columns of the sources that the data set does not keep, because it has other values under their names.
+
+    Args:
+        sources: the prompts.
+        reasoning: see `make_rows`.
+        added: the columns that filters and the selection may add.
+    """
+    written = {*COLUMNS, *added} - (set[str]() if reasoning == "column" else {REASONING})
+    found = dict.fromkeys(
+        name
+        for source in sources
+        for name in source.columns
+        if name in written and (name != REFERENCE or source.reference is not None)
+    )
+    return [*found]
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

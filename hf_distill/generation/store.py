@@ -78,10 +78,11 @@ class CompletionStore:
                 "Restore these values, or give another folder."
             )
         elif not resume:
-            done = len(self.parts) - len(self.missing())
+            missing = len(self.missing())
             raise DistillError(
-                f"{self.folder} holds {done} of {len(self.parts)} parts of this data set: pass --resume to generate "
-                "the missing ones, or give another folder."
+                f"{self.folder} holds {len(self.parts) - missing} of {len(self.parts)} parts of this data set: pass "
+                + ("--resume to generate the missing ones, " if missing else "--resume to write it again from these, ")
+                + "or give another folder."
             )
         (self.folder / PARTS).mkdir(exist_ok=True)
         return self.missing()

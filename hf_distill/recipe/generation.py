@@ -197,6 +197,12 @@ class Generation(StrictModel):
             raise ValueError(f"{', '.join(taken)} cannot be set here: it gives variables of the chat template only")
         return value
 
+    @property
+    def added_columns(self) -> list[str]:
+        """The columns that the filters and the selection may add to the rows."""
+        steps = [*self.filters, *([self.select] if self.select else [])]
+        return [*dict.fromkeys(name for step in steps for name in step.added_columns)]
+
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         problems = []

@@ -299,6 +299,13 @@ class Recipe(StrictModel):
             )
         if not self.distill.by_origin:
             return
+        authors = {source.author for source in sources.values()}
+        origins = {*authors, "data", *(["student"] if self.on_policy else [])}  # held-out rows may be the data's
+        if None not in authors and (unused := [name for name in self.distill.by_origin if name not in origins]):
+            raise ValueError(
+                f"distill.by_origin.{unused[0]}: no tokens have this origin; those of the sources are "
+                f"{', '.join(sorted(map(str, authors)))}: remove it, or correct origin of the sources"
+            )
         problems = []
         if trained := sorted({*self.kinds} & {"online", "mutual", "mtp"}):
             problems.append(f"teacher.kind {trained[0]} trains the teacher by the same losses")

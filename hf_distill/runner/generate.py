@@ -21,12 +21,12 @@ from ..filters import StepCount, apply_filters, check_filters
 from ..generation.backends.api import Backend
 from ..generation.card import CardFacts, render_card
 from ..generation.completion import Completion, Part, Prompt, make_parts
-from ..generation.dataset import column_names, make_rows, make_table
+from ..generation.dataset import column_names, make_rows, make_table, replaced_columns
 from ..generation.evaluation import Evaluation, evaluate_data_set
 from ..generation.generated_teacher import Coverage
 from ..generation.progress import GenerationProgress, ProgressMeter
-from ..generation.prompts import SourceRow, read_source, with_system_prompt
-from ..generation.store import CompletionStore
+from ..generation.prompts import REFERENCE, SourceRow, read_source, with_system_prompt
+from ..generation.store import SET_ASIDE, CompletionStore
 from ..recipe.generation import Generation
 from ..recipe.schema import Recipe
 from ..recipe.tasks import require_text_generation
@@ -102,6 +102,7 @@ def generate_data(
         on_stage("Reading the prompts")
         sources = read_prompts(recipe, options)
     check_filters(options.filters, options.select, column_names(sources, options.reasoning, options.log_probs))
+    _warn_of_replaced_columns(options, sources)
     capture = capture_of(recipe, options)
     request = request_of(recipe, options, sources)
     with _claimed(Path(folder)):
@@ -113,6 +114,16 @@ def generate_data(
             return _generate(recipe, options, Path(folder), setup, resume, request, on_stage, on_progress)
         finally:
             setup.backend.close()
+
+
+def _warn_of_replaced_columns(options: Generation, sources: Sequence[SourceRow]) -> None:
+    """Warn of columns of the sources whose names the data set uses for other values."""
+    if names := replaced_columns(sources, options.reasoning, options.added_columns):
+        why = "; its reference is the completion of the source" if REFERENCE in names else ""
+        logger.warning(
+            f"The sources have the columns {', '.join(names)}, and the data set has other values under these names, "
+            f"which filters and loss_weight read{why}. Rename the columns of the sources to keep them."
+        )
 
 
 @contextmanager
@@ -227,6 +238,8 @@ def _generate(
         rows = list(filtered.kept_rows(rows))
         for count in counts:
             failed = f", and {count.set_aside:,} raised an exception" if count.set_aside else ""
+            first = next((item.error for item in filtered.set_aside if failed and item.filter == count.label), None)
+            failed += f" (the first: {first}; all are in {SET_ASIDE})" if first else ""
             on_stage(f"{count.label}: removed {count.removed:,} of {count.given:,}{failed}")
     table = make_table(rows)
     on_stage(f"Measuring and writing {len(rows):,} rows")
@@ -318,6 +331,7 @@ def _card_facts(
         sources=Counter(row.prompt.source for row in sources),
         counts=counts,
         columns=columns,
+        added_columns=options.added_columns,
         filters=evaluation.filters,
         measures=evaluation.measures,
     )

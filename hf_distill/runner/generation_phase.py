@@ -92,16 +92,15 @@ def _check_loss_weight(recipe: Recipe, options: Generation, name: str, prompts: 
     """
     if (by := recipe.data.sources[name].loss_weight) is None:
         return
-    steps = [*options.filters, *([options.select] if options.select else [])]
-    added = {column for step in steps for column in step.added_columns}
+    added = options.added_columns
     columns = column_names(prompts, options.reasoning, options.log_probs)
-    check_weight_column(by.column, [*dict.fromkeys([*columns, *sorted(added)])], f"data.{name}")
+    check_weight_column(by.column, [*dict.fromkeys([*columns, *added])], f"data.{name}")
     if by.column == LOG_PROBABILITY and by.temperature is None:
         raise DistillError(
             f"data.{name}.loss_weight: the values of {LOG_PROBABILITY} are negative, and the factor of a loss is at "
             f"least 0. Set a temperature, such as loss_weight: {{column: {LOG_PROBABILITY}, temperature: 1.0}}."
         )
-    if by.column in COLUMNS or by.column in added or any(isinstance(step, FunctionFilter) for step in steps):
+    if by.column in COLUMNS or by.column in added or any(isinstance(each, FunctionFilter) for each in options.filters):
         return
     for row in prompts:
         try:

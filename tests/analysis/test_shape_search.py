@@ -113,6 +113,7 @@ def test_the_file_of_a_search_records_all_shapes_and_no_checkpoints_are_left(sea
     ("overrides", "options", "problem"),
     [
         ([], {"steps": 32}, "lower --steps"),
+        ([], {"steps": 1}, "1 steps are too few .* Set --steps to"),
         (["student.from_teacher={keep_layers: 2}"], {}, "no target_parameters"),
         (["teacher={kind: online, model: 'smoke:llama/teacher'}"], {}, "a teacher of kind online changes"),
         ([], {"by": "loss"}, "possible values are nll and kl"),

@@ -195,6 +195,32 @@ def test_the_card_states_model_settings_and_counts(recipe_of, tmp_path):
     assert "The license of the model may restrict the use of its outputs" in card
 
 
+def test_columns_whose_names_the_data_set_uses_are_named(recipe_of, tmp_path, caplog):
+    """A source may have columns `reference` and `score` of its own."""
+    rows = [{**row, "reference": "mine", "score": 1, "level": i} for i, row in enumerate(TEXTS)]
+    data = generate_data(recipe_of(rows, samples=2, select="best_of_n"), str(tmp_path / "out"))
+    assert "The sources have the columns reference, score, and the data set has other values" in caplog.text
+    assert [row["reference"] for row in rows_of(data.folder)] == [row["completion"] for row in TEXTS]
+    card = (data.folder / "README.md").read_text()
+    assert "| score | score by which the completion was selected |" in card
+    caplog.clear()
+    data = generate_data(recipe_of([*rows], samples=2), str(tmp_path / "all"))
+    assert "The sources have the columns reference, and" in caplog.text
+    assert {row["score"] for row in rows_of(data.folder)} == {1}
+    assert "| score | of the source |" in (data.folder / "README.md").read_text()
+    caplog.clear()
+    alone = [{key: row[key] for key in ("prompt", "reference", "level")} for row in rows]
+    data = generate_data(recipe_of(alone), str(tmp_path / "alone"))
+    assert "The sources have" not in caplog.text
+    assert {row["reference"] for row in rows_of(data.folder)} == {"mine"}
+
+
+def test_a_complete_data_set_is_not_called_incomplete(recipe_of, tmp_path):
+    generate_data(recipe_of(TEXTS), str(tmp_path / "out"))
+    with pytest.raises(DistillError, match="3 of 3 parts of this data set: pass --resume to write it again from these"):
+        generate_data(recipe_of(TEXTS), str(tmp_path / "out"))
+
+
 def test_other_filters_need_no_new_generation(recipe_of, tmp_path, monkeypatch):
     """The filter `function` raises for one row, which is set aside; `best_of_n` keeps one sample of each prompt."""
     (tmp_path / "judge_of_test.py").write_text("def judge(row):\n    return 1 / row['row'] > 0.3\n")
@@ -217,7 +243,7 @@ def test_other_filters_need_no_new_generation(recipe_of, tmp_path, monkeypatch):
         ["10", "2", "2", "6 |"],
         ["6", "3", "0", "3 |"],
     ]
-    assert any("removed 2 of 10, and 2 raised an exception" in stage for stage in stages)
+    assert any("removed 2 of 10, and 2 raised an exception (the first: ZeroDivisionError" in stage for stage in stages)
     generate_data(recipe_of(TEXTS, samples=2), str(tmp_path / "out"), True)
     assert rows_of(tmp_path / "out") == everything
     assert not (tmp_path / "out" / "set_aside.parquet").exists()
