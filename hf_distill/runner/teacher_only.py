@@ -47,9 +47,14 @@ def static_teacher_spec(recipe: Recipe, kinds: Collection[str] = ("frozen",)) ->
 def with_teacher(recipe: Recipe, spec: TeacherSpec) -> JSONObject:
     """Return the plain values of a recipe with this teacher as its only one, which all losses use.
 
-    The section `generate` is left out: it affects no training, and names servers.
+    Of the section `generate`, which names servers, only the backend and the folder of generated data are kept, from
+    which sources with generate: true are read.
     """
-    values = recipe.model_dump(exclude_none=True, exclude={"generate"})
+    read = {"backend", "output_dir"} if recipe.data.generated else set[str]()
+    generate = (
+        recipe.generate.model_dump(include=read, exclude_unset=True, exclude_none=True) if recipe.generate else {}
+    )
+    values = recipe.model_dump(exclude_none=True, exclude={"generate"}) | ({"generate": generate} if generate else {})
     losses = [{key: value for key, value in loss.items() if key != "teacher"} for loss in values["losses"]]
     named = ("name", "weight", "sources")
     return values | {"teachers": [], "losses": losses, "teacher": spec.model_dump(exclude_none=True, exclude={*named})}

@@ -320,10 +320,12 @@ def test_contradictions_of_the_section_are_reported(generate, message, recipe_of
 def test_the_command_writes_a_smoke_data_set(run_cli, recipe_of, tmp_path):
     resolve_model("smoke:llama/teacher")
     recipe_of(TEXTS, backend="server", url="http://127.0.0.1:1", batching=None, samples=2, cache="top_k", k=8)
-    result = run_cli("generate", str(tmp_path / "data.yaml"), "-o", str(tmp_path / "out"), "--smoke")
+    file, overrides = str(tmp_path / "data.yaml"), ["distill.alpha=0.25", "generate.seed=0"]
+    result = run_cli("generate", file, *overrides, "-o", str(tmp_path / "out"), "--smoke")
     assert result.returncode == 0, result.stderr
     assert "16 completions" in result.stdout
-    assert "data.task.path=" in result.stdout
+    train = f"hf-distill run {file} distill.alpha=0.25 data.task.path={tmp_path / 'out'} --smoke"
+    assert f"Train on the data: {train}\n" in result.stdout
     assert len(rows_of(tmp_path / "out")) == 16
     assert Path(tmp_path / "out" / "README.md").is_file()
     assert f"teacher='{{kind: cached, path: {tmp_path / 'out' / 'cache'}}}'" in result.stdout

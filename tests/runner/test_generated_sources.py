@@ -19,13 +19,14 @@ from hf_distill.model_card import build_card
 from hf_distill.publishing.card_data import run_card_data
 from hf_distill.recipe import run_recipe
 from hf_distill.recipe.generation import Generation
-from hf_distill.recipe.load import load_recipe, recipes_by_stage
+from hf_distill.recipe.load import load_recipe, recipes_by_stage, validate
 from hf_distill.runner import generation_phase, progressive, single_run
 from hf_distill.runner.datasets import prepare_data
 from hf_distill.runner.generate import generate_data
 from hf_distill.runner.generation_phase import generate_sources
 from hf_distill.runner.run_results import Run
 from hf_distill.runner.tasks import task_of
+from hf_distill.runner.teacher_only import load_teacher_and_data, static_teacher_spec, with_teacher
 
 ROWS = [{"prompt": f"text {i}", "completion": f" reference {i}"} for i in range(10)]
 
@@ -297,6 +298,7 @@ def test_the_commands_generate_and_run_do_the_same_in_a_smoke_run(run_cli, recip
     result = run_cli("generate", file, "--smoke")
     assert result.returncode == 0, result.stderr
     assert "16 rows of 16 completions" in result.stdout
+    assert f"Train on the data: hf-distill run {file} --smoke\n" in result.stdout
     result = run_cli("run", file, "--smoke")
     assert result.returncode == 0, result.stderr
     assert "Generating" not in result.stdout
@@ -323,6 +325,20 @@ def test_the_commands_generate_and_run_do_the_same_in_a_smoke_run(run_cli, recip
 
 def test_generate_with_a_folder_completes_the_prompts_of_all_sources(recipe_of, tmp_path):
     assert generate_data(recipe_of("data.task.generate=false"), str(tmp_path / "out")).rows == 20
+
+
+def test_a_teacher_alone_reads_the_generated_data_of_its_recipe(recipe_of, tmp_path):
+    """Analyses and caches read the data of a run whose recipe names another folder or a server for the generation."""
+    recipe = recipe_of(f"generate.output_dir={tmp_path / 'shared'}", "generate.max_prompts=2")
+    generate_sources(recipe)
+    _, data, _, _ = load_teacher_and_data(recipe, static_teacher_spec(recipe), lambda text: None)
+    assert len(data.train) == 4
+    server = {"backend": "server", "url": "http://127.0.0.1:9", "model": "x"}
+    remote = {"kind": "remote", "url": "http://127.0.0.1:9", "model": "x", "top_k": 4}
+    recipe = recipe_of("distill.temperature=1", generate=server, teacher=remote)
+    values = with_teacher(recipe, recipe.all_teachers[0])
+    assert validate(values).data.generated == ["task"]
+    assert "127.0.0.1" not in str(values["generate"])
 
 
 def test_rows_with_the_completions_of_the_data_are_of_the_data_s_origin(recipe_of):

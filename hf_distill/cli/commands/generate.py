@@ -1,5 +1,7 @@
 """The command generate: the teacher completes the prompts of a recipe."""
 
+import shlex
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -57,11 +59,31 @@ def generate(
     for data in written:
         counts = f"{data.rows:,} rows of {data.completions:,} completions with {data.tokens:,} tokens"
         out.print(f"{data.folder}: {counts}", soft_wrap=True, highlight=False)
-    train = f"hf-distill run {recipe} data.task.path={output}" if output else f"hf-distill run {recipe}"
-    out.print(f"Train on {'the' if written else 'the complete'} data: {train}", soft_wrap=True, highlight=False)
+    train = _training_command(recipe, overrides or [], output, smoke, loaded.data.task.generate)
+    out.print(
+        f"Train on {'the' if written else 'the complete'} data: {train}", soft_wrap=True, highlight=False, markup=False
+    )
     for data in written:
         if data.cache is not None:
             teacher = f"teacher='{{kind: cached, path: {data.cache}}}'"
-            out.print(
-                f"{data.cache}: the teacher cache. With soft labels: {train} {teacher}", soft_wrap=True, highlight=False
-            )
+            text = f"{data.cache}: the teacher cache. With soft labels: {train} {teacher}"
+            out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _training_command(recipe: str, overrides: Sequence[str], output: str | None, smoke: bool, generates: bool) -> str:
+    """Return the command that trains on the data, with the overrides that affect the training.
+
+    Args:
+        recipe: the recipe.
+        overrides: the overrides of the generation.
+        output: the folder of the data set; None: those of the sources with generate: true.
+        smoke: whether the recipe is reduced to a smoke run.
+        generates: whether the recipe itself generates the completions of `data.task`.
+    """
+    if output is None:
+        kept = [*overrides]
+    else:
+        replaced = ("generate", "data.task.path")
+        kept = [each for each in overrides if each.partition("=")[0] not in replaced and each[:9] != "generate."]
+        kept += [f"data.task.path={output}", *(["data.task.generate=false"] if generates else [])]
+    return shlex.join(["hf-distill", "run", recipe, *kept, *(["--smoke"] if smoke else [])])
