@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from ..data.loss_weights import check_weight_column, weight_value
 from ..errors import DistillError
@@ -24,6 +25,8 @@ from ..recipe.schema import Recipe
 from ..teachers.loading import env_world_size
 from .generate import GeneratedData, generate_data, read_prompts_of, request_of
 from .generated_sources import generation_rows, seed_of
+
+logger = logging.get_logger(__name__)
 
 
 def generate_sources(
@@ -57,8 +60,15 @@ def generate_sources(
         )
     for name, prompts in missing.items():
         folder = recipe.generated_folder(name)
+        is_replaced = options.output_dir and read_facts(Path(folder))
         on_stage(f"data.{name}: the teacher completes {len(prompts):,} prompts in {folder}")
         written.append(generate_data(recipe, folder, True, on_stage, on_progress, prompts))
+        if is_replaced:
+            logger.warning(
+                f"{folder} held a data set that was written from these completions with other settings, such as "
+                "filters, and was replaced: reports and analyses of runs that trained on it read the new rows. To keep "
+                "both, give another generate.output_dir."
+            )
         gc.collect()  # the teacher, before the models of the training are loaded
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()

@@ -9,10 +9,12 @@ import yaml
 from servers.teacher_servers import CompletionServer
 from tiny import build
 
+from hf_distill.cli.commands.generate import _training_command
 from hf_distill.core.targets import IGNORE_INDEX
 from hf_distill.data import load_examples
 from hf_distill.errors import DistillError
 from hf_distill.generation.backends import local
+from hf_distill.recipe.data import Source
 from hf_distill.recipe.load import load_recipe
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.runner.generate import generate_data
@@ -326,6 +328,9 @@ def test_the_command_writes_a_smoke_data_set(run_cli, recipe_of, tmp_path):
     assert "16 completions" in result.stdout
     train = f"hf-distill run {file} distill.alpha=0.25 data.task.path={tmp_path / 'out'} --smoke"
     assert f"Train on the data: {train}\n" in result.stdout
+    source = Source(path="x", column="question", generate=True)
+    command = _training_command("my.yaml", ["data.task.path=x", "generate={seed: 1}"], "out", False, source)
+    assert command == "hf-distill run my.yaml data.task.path=out data.task.column=null data.task.generate=false"
     assert len(rows_of(tmp_path / "out")) == 16
     assert Path(tmp_path / "out" / "README.md").is_file()
     assert f"teacher='{{kind: cached, path: {tmp_path / 'out' / 'cache'}}}'" in result.stdout

@@ -148,7 +148,7 @@ def test_a_run_that_is_killed_in_each_phase_resumes_to_the_same_models(recipe_of
         run_recipe(recipe_of(*changes, "generate.temperature=0.5", control="sft_on_data"), resume=True)
 
 
-def test_runs_share_a_data_set_and_one_of_another_recipe_is_refused(recipe_of, tmp_path):
+def test_runs_share_a_data_set_and_one_of_another_recipe_is_refused(recipe_of, tmp_path, caplog):
     shared = f"generate.output_dir={tmp_path / 'shared'}"
     assert len(generate_sources(recipe_of(shared))) == 1
     assert (
@@ -158,7 +158,9 @@ def test_runs_share_a_data_set_and_one_of_another_recipe_is_refused(recipe_of, t
         generate_sources(recipe_of(shared, "generate.temperature=0.5"))
     with pytest.raises(DistillError, match=r"another recipe or data: digest"):
         generate_sources(recipe_of(shared, rows=[*ROWS[1:], ROWS[0]]))
+    assert "was replaced" not in caplog.text
     (data,) = generate_sources(recipe_of(shared, "generate.filters=[{name: length, max_tokens: 6}]"))
+    assert "shared/task held a data set that was written from these completions" in caplog.text
     assert [count.label for count in data.counts] == ["length"]
     assert generate_sources(recipe_of(shared, "generate.filters=[{name: length, max_tokens: 6}]")) == []
 

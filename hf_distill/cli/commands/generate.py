@@ -2,13 +2,16 @@
 
 import shlex
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...errors import DistillError
 from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
+
+if TYPE_CHECKING:
+    from ...recipe.data import Source
 
 
 @app.command()
@@ -59,7 +62,7 @@ def generate(
     for data in written:
         counts = f"{data.rows:,} rows of {data.completions:,} completions with {data.tokens:,} tokens"
         out.print(f"{data.folder}: {counts}", soft_wrap=True, highlight=False)
-    train = _training_command(recipe, overrides or [], output, smoke, loaded.data.task.generate)
+    train = _training_command(recipe, overrides or [], output, smoke, loaded.data.task)
     out.print(
         f"Train on {'the' if written else 'the complete'} data: {train}", soft_wrap=True, highlight=False, markup=False
     )
@@ -70,7 +73,7 @@ def generate(
             out.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def _training_command(recipe: str, overrides: Sequence[str], output: str | None, smoke: bool, generates: bool) -> str:
+def _training_command(recipe: str, overrides: Sequence[str], output: str | None, smoke: bool, task: "Source") -> str:
     """Return the command that trains on the data, with the overrides that affect the training.
 
     Args:
@@ -78,12 +81,13 @@ def _training_command(recipe: str, overrides: Sequence[str], output: str | None,
         overrides: the overrides of the generation.
         output: the folder of the data set; None: those of the sources with generate: true.
         smoke: whether the recipe is reduced to a smoke run.
-        generates: whether the recipe itself generates the completions of `data.task`.
+        task: the source that the data set replaces; its keys that choose prompts do not apply to the data set.
     """
     if output is None:
         kept = [*overrides]
     else:
         replaced = ("generate", "data.task.path")
         kept = [each for each in overrides if each.partition("=")[0] not in replaced and each[:9] != "generate."]
-        kept += [f"data.task.path={output}", *(["data.task.generate=false"] if generates else [])]
+        kept += [f"data.task.path={output}", *(["data.task.column=null"] if task.column is not None else [])]
+        kept += ["data.task.generate=false"] if task.generate else []
     return shlex.join(["hf-distill", "run", recipe, *kept, *(["--smoke"] if smoke else [])])
