@@ -185,7 +185,9 @@ def _fitting(
         f"generate.max_new_tokens = {options.max_new_tokens:,}; the first is data.{first.source}, row {first.row} "
         f"(counted from 0), with {lengths[first.index]:,} tokens"
     )
-    if options.overflow == "error" or len(long) == len(sources):
+    if len(long) == len(sources):  # none would be left
+        raise DistillError(f"{text}. Lower max_new_tokens, or use shorter prompts.")
+    if options.overflow == "error":
         raise DistillError(f"{text}. Lower max_new_tokens, or set generate.overflow to drop, which leaves them out.")
     logger.warning(f"{text}. They are left out.")
     left_out = {row.prompt.index for row in long}

@@ -277,7 +277,11 @@ def test_a_filter_on_a_missing_column_is_an_error_before_the_generation(recipe_o
             "row 1 .counted from 0., column prompt: found null, but it needs a text",
         ),
         (TEXTS, {"system_prompt": "x"}, "system_prompt needs conversations"),
-        (TEXTS, {"max_new_tokens": 508}, "5 of 5 prompts do not fit into the context of 512 tokens"),
+        (
+            TEXTS,
+            {"max_new_tokens": 508},
+            "5 of 5 prompts do not fit into the context of 512 .*, or use shorter prompts",
+        ),
         ([*TEXTS, {"prompt": "long " * 110}], {}, "1 of 6 prompts do not fit.* data.task, row 5"),
         (TEXTS, {"backend": "server", "batching": None}, "needs a URL: pass generate.url="),
     ],
@@ -329,7 +333,9 @@ def test_the_command_writes_a_smoke_data_set(run_cli, recipe_of, tmp_path):
     train = f"hf-distill run {file} distill.alpha=0.25 data.task.path={tmp_path / 'out'} --smoke"
     assert f"Train on the data: {train}\n" in result.stdout
     source = Source(path="x", column="question", generate=True)
-    command = _training_command("my.yaml", ["data.task.path=x", "generate={seed: 1}"], "out", False, source)
+    command = _training_command(
+        "my.yaml", ["data.task.path=x", "data.task.column=q", "generate={seed: 1}"], "out", False, source
+    )
     assert command == "hf-distill run my.yaml data.task.path=out data.task.column=null data.task.generate=false"
     assert len(rows_of(tmp_path / "out")) == 16
     assert Path(tmp_path / "out" / "README.md").is_file()

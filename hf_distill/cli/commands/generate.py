@@ -86,7 +86,7 @@ def _training_command(recipe: str, overrides: Sequence[str], output: str | None,
     if output is None:
         kept = [*overrides]
     else:
-        replaced = ("generate", "data.task.path")
+        replaced = ("generate", "data.task.path", "data.task.column", "data.task.generate")
         kept = [each for each in overrides if each.partition("=")[0] not in replaced and each[:9] != "generate."]
         kept += [f"data.task.path={output}", *(["data.task.column=null"] if task.column is not None else [])]
         kept += ["data.task.generate=false"] if task.generate else []
