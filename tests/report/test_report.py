@@ -135,8 +135,8 @@ def test_the_report_shows_the_results_of_the_analysis_commands(folder):
     from hf_distill.analysis.temperature_search import SearchResult
     from hf_distill.core.io import read_json, write_json
 
-    for command in ("inspect", "diagnose", "curve"):
-        result = CliRunner().invoke(app, [command, str(folder)])
+    for command, *options in (["inspect"], ["diagnose"], ["curve"], ["draft", "--prompts", "1", "--new-tokens", "2"]):
+        result = CliRunner().invoke(app, [command, str(folder), *options])
         assert result.exit_code == 0, result.output
     task = EvalTask("mini_maths", "maths", "acc", True, lambda values: sum(values) / len(values), None)
     values = {"teacher": [1, 1, 1, 0], "student": [1, 0, 1, 0], "control": [0, 0, 1, 0]}
