@@ -189,10 +189,10 @@ def _acceptance_rate(pair: ModelPair, tokens: int) -> float:
     for batch in pair.batches(tokens):
         assert batch.student is not None
         assert batch.teacher is not None
-        for rows, logits in blocks_of(batch.teacher):
-            q, p = logits.softmax(-1), batch.student.project(rows).to(logits.dtype).softmax(-1)
-            total += float(torch.minimum(p, q).sum())
-            count += len(q)
+        blocks = zip(blocks_of(batch.teacher), blocks_of(batch.student), strict=True)
+        for (_, teacher_logits), (_, student_logits) in blocks:
+            total += float(torch.minimum(teacher_logits.softmax(-1), student_logits.softmax(-1)).sum())
+        count += len(batch.targets)
     return total / count
 
 
