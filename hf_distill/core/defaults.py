@@ -16,6 +16,9 @@ SPAN_LENGTH_TOKENS = 3
 # Training.
 MAX_CONSECUTIVE_NONFINITE_STEPS = 5
 
+# Pruned students.
+IMPORTANCE_MEASURE: Final = "activation"
+
 # Quantized students.
 INT4_GROUP_SIZE = 32
 

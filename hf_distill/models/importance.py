@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.defaults import IMPORTANCE_MEASURE
 from ..errors import DistillError
 from .pruning import InfluenceRecorder, run_on_batches
 from .unit_activations import ActivationRecorder
@@ -52,7 +53,7 @@ def measure_importance(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    by: ImportanceMeasure = "activation",
+    by: ImportanceMeasure = IMPORTANCE_MEASURE,
     with_block_influence: bool = False,
 ) -> Importance:
     """Measure how important the units of a causal language model are, in one pass over calibration batches.

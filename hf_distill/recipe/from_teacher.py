@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..core.defaults import CALIBRATION_ROWS
+from ..core.defaults import CALIBRATION_ROWS, IMPORTANCE_MEASURE
 from ..core.pruned_sizes import shape_text
 from ..core.strict_model import StrictModel
 from .vocabulary import Vocabulary
@@ -66,10 +66,10 @@ class FromTeacher(StrictModel):
         "compared over these. Default (null): all tokens.",
     )
     by: Literal["activation", "weight"] = Field(
-        "activation",
+        IMPORTANCE_MEASURE,
         description="How channels, neurons, heads and experts are selected: activation keeps those with the largest "
         "mean absolute activation over calibration rows (2407.14679), weight those with the largest weights. "
-        "Default: activation.",
+        f"Default: {IMPORTANCE_MEASURE}.",
     )
     calibration_rows: int = Field(
         CALIBRATION_ROWS,

@@ -272,7 +272,7 @@ def test_a_student_pruned_from_a_quantized_teacher_has_unquantized_weights(folde
         (["train.deepspeed=zero2-student.json"], "train.deepspeed needs a launcher: run torchrun"),
         (["train.fsdp=true"], "train.fsdp shards the student over two or more processes; this run has no launcher"),
         (["train.fsdp=true", "train.deepspeed=zero2-student.json"], "exclude each other"),
-        (["train.fsdp=true"], "not possible for a student pruned from its teacher"),
+        (["train.fsdp=true"], "not possible for a student that is pruned from its teacher"),
         (["teacher.deepspeed=zero3-teacher.json"], "deepspeed shards the teacher over the processes"),
         (["teacher.fsdp=true"], "fsdp shards the teacher over the processes"),
         (
