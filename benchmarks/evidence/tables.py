@@ -246,6 +246,36 @@ def encoder(results: Results) -> str:
     return lines((" ", "parameters", "accuracy", "relative to the teacher"), rows)
 
 
+def answers(results: Results) -> str:
+    """Sequence-level distillation: who wrote the answers, with hard or soft labels, at equal target tokens."""
+    titles = {
+        "before": "pruned, before training",
+        "hard_data": "hard labels, answers of the data",
+        "hard_teacher": "hard labels, answers of the teacher",
+        "soft_data": "soft labels, answers of the data",
+        "soft_teacher": "soft labels, answers of the teacher",
+        "soft_both": "soft labels, both in turn",
+    }
+    parts = (("data_perplexity", 2), ("data_kl", 3), ("teacher_perplexity", 2), ("teacher_kl", 3), ("accuracy", 3))
+    rows = []
+    for name, title in titles.items():
+        if runs := of(results, f"answers_{name}"):
+            rows.append((title, *(spread([run[key] for run in runs], digits) for key, digits in parts)))
+    if runs := of(results, "answers_before"):
+        first = runs[0]
+        values = (first["data_teacher_perplexity"], first["teacher_teacher_perplexity"], first["teacher_accuracy"])
+        rows.append(("teacher, 30 blocks", f"{values[0]:.2f}", "0", f"{values[1]:.2f}", "0", f"{values[2]:.3f}"))
+    head = (
+        "trained on",
+        "perplexity, data",
+        "KL, data",
+        "perplexity, teacher's text",
+        "KL, teacher's text",
+        "accuracy",
+    )
+    return lines(head, rows)
+
+
 def other_types(results: Results) -> str:
     """The metric of each model type: of the teacher, the student that it teaches, and the student on labels alone."""
     settings = {
