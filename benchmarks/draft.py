@@ -38,7 +38,10 @@ def measure_student(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a draft model, and measure it beside the others of its run."""
     changes = [f"distill.divergence={case['divergence']}", f"train.seed={case['seed']}", f"train.output_dir={folder}"]
     run_recipe(load_recipe("draft", changes))
-    return asdict(measure_drafts_of(open_run(folder)))
+    run = open_run(folder)
+    names = ("perplexity", "kl", "agreement", "teacher_perplexity")
+    models = {name: {key: m[key] for key in names if key in m} for name, m in run.results["models"].items()}
+    return asdict(measure_drafts_of(run)) | {"held_out": models}
 
 
 def measure_heads(case: dict[str, Any], folder: Path) -> dict[str, Any]:
