@@ -11,6 +11,7 @@ from ..core.defaults import SEARCH_CRITERION, SEARCH_ETA, SHAPE_SEARCH_STEPS
 from ..core.io import write_json
 from ..core.locks import lock_folder
 from ..core.processes import run_on_main
+from ..core.pruned_sizes import millions
 from ..errors import DistillError
 from ..planning.shapes import model_config
 from ..recipe.from_teacher import FromTeacher
@@ -74,10 +75,8 @@ def find_shape(
     spec = recipe.primary_teacher
     teacher = model_config(spec.loaded_model or recipe.tokenizer_model, spec.revision)
     grid = shape_candidates(teacher, cut.parameter_budget)
-    plan = [
-        (len(grid), 0),
-        *rungs(len(grid), steps, eta, "--steps")[:-1],
-    ]  # the last rung has one candidate, the winner
+    # The last rung is left out: it has one candidate, the winner.
+    plan = [(len(grid), 0), *rungs(len(grid), steps, eta, "--steps")[:-1]]
     search_folder, args = Path(folder), arguments(recipe)
     settings: SearchSettings = {"recipe": recipe.model_dump(exclude_none=True), "by": by, "eta": eta}
     file = run_files.SHAPE_SEARCH
@@ -96,7 +95,7 @@ def find_shape(
             search_folder,
             by,
             on_stage,
-            describe=lambda c: f"{c.name} ({c.parameters / 1e6:.1f}M parameters)",
+            describe=lambda c: f"{c.name} ({millions(c.parameters)} parameters)",
             prepare=prepare,
             save=lambda: save_search(search_folder, settings, candidates, file),
         )

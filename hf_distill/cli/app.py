@@ -31,6 +31,12 @@ Overrides = Annotated[
 Smoke = Annotated[bool, typer.Option("--smoke", help="Replace the models by tiny random ones, to test the setup.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation of a recipe from the Hub.")]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow Python code from the repositories of the models.")
+]
+AllowPickles = Annotated[
+    bool, typer.Option("--allow-pickles", help="Allow pickled weights; loading them can run arbitrary code.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all results as JSON.")]
 
 

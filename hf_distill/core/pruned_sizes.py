@@ -1,4 +1,4 @@
-"""The sizes of a pruned student in words. Imports no torch."""
+"""The sizes of models in words. Imports no torch."""
 
 from collections.abc import Mapping
 
@@ -20,3 +20,8 @@ def shape_text(sizes: Mapping[str, int | None]) -> str:
         sizes: name of a size in the config, or "layers" -> its value; None leaves it out.
     """
     return ", ".join(text.format(sizes[name]) for name, text in _WORDS.items() if sizes.get(name) is not None)
+
+
+def millions(parameters: int | None) -> str:
+    """Return a number of parameters in millions, such as "134.5M"; "-" for None."""
+    return "-" if parameters is None else f"{parameters / 1e6:,.1f}M"

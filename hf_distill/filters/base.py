@@ -1,5 +1,6 @@
 """Base classes of filters and selections: their options are the keys of a recipe. Imports no torch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -47,29 +48,37 @@ class Step(StrictModel):
             require_package(package, "generate", f"The filter {self.name}")
 
 
-class RowFilter(Step):
-    """A filter: removes rows. Subclasses define `keep`, or `start` if they need the rows before."""
+class RowFilter(Step, ABC):
+    """A filter: removes rows."""
 
-    def keep(self, row: Row) -> bool:
-        """Whether the row is kept."""
-        raise NotImplementedError
-
+    @abstractmethod
     def start(self) -> Callable[[Row], Verdict]:
         """Return the function that judges the rows of one data set, which are given to it in order."""
+
+
+class SingleRowFilter(RowFilter):
+    """A filter that judges each row by itself."""
+
+    @abstractmethod
+    def keep(self, row: Row) -> bool:
+        """Whether the row is kept."""
+
+    def start(self) -> Callable[[Row], bool]:
+        """Return the function that judges the rows of one data set."""
         return self.keep
 
 
-class Selection(Step):
+class Selection(Step, ABC):
     """A selection: chooses among the samples of each prompt."""
 
+    @abstractmethod
     def start(self) -> Callable[[Row], object]:
         """Return the function that measures one sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(self, measures: Sequence[object]) -> Choice:
         """Return the samples of a prompt that are kept.
 
         Args:
             measures: the measure of each sample of one prompt.
         """
-        raise NotImplementedError

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import RowFilter
+from .base import SingleRowFilter
 from .rows import Row, completion_text
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")  # those of Markdown
@@ -42,7 +42,7 @@ def python_parses(code: str) -> bool:
     return True
 
 
-class PythonParses(RowFilter):
+class PythonParses(SingleRowFilter):
     """Removes completions with a Python code block that does not parse. No code is executed.
 
     Code blocks are fenced blocks of Markdown marked as python, python3 or py.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ..errors import DistillError, did_you_mean
-from .base import RowFilter
+from .base import SingleRowFilter
 from .code_blocks import split_code
 from .rows import Row, completion_text, prompt_text
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _NO_LANGUAGE = "zxx"  # what py3langid returns for text in no language, such as numbers
 
 
-class Language(RowFilter):
+class Language(SingleRowFilter):
     """Removes completions in another language than the prompt, or than some given languages.
 
     py3langid identifies the language of the text outside of code blocks, with a model of 140 languages that is part of

@@ -5,12 +5,12 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .base import RowFilter
+from .base import RowFilter, SingleRowFilter
 from .rows import Row, column, completion_text
 from .words import ngrams, words, words_and_marks
 
 
-class Length(RowFilter):
+class Length(SingleRowFilter):
     """Keeps completions whose length is in a range, in tokens of the teacher or in characters."""
 
     name: Literal["length"] = "length"
@@ -49,7 +49,7 @@ class Length(RowFilter):
         return all((low is None or low <= length) and (high is None or length <= high) for length, low, high in lengths)
 
 
-class Unfinished(RowFilter):
+class Unfinished(SingleRowFilter):
     """Removes completions that did not end by themselves: `finish_reason` is not "stop"."""
 
     name: Literal["unfinished"] = "unfinished"
@@ -64,7 +64,7 @@ class Unfinished(RowFilter):
         return column(row, "finish_reason", "unfinished") == "stop"
 
 
-class Repetition(RowFilter):
+class Repetition(SingleRowFilter):
     """Removes completions that repeat themselves: 1 - distinct n-grams / n-grams is above `max_share`.
 
     The n-grams are those of words and punctuation marks. Source: seq-rep-n of Welleck et al., 1908.04319.

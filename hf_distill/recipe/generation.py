@@ -9,6 +9,7 @@ from ..core.defaults import MAX_NEW_TOKENS, SAMPLES_PER_TOKEN, TOP_K_IDS
 from ..core.server_urls import server_urls
 from ..core.strict_model import Name, StrictModel
 from ..errors import DistillError
+from ..filters.selections import BestOfN
 from .filters import FilterSpec, SelectSpec
 
 if TYPE_CHECKING:
@@ -222,6 +223,11 @@ class Generation(StrictModel):
                 problems.append(f"{name} is used with cache {kind} only: remove it, or set cache to {kind}")
         if self.select is not None and self.samples == 1:
             problems.append("select chooses among the samples of a prompt, and there is one: raise samples")
+        elif isinstance(self.select, BestOfN) and self.select.keep >= self.samples:
+            problems.append(
+                f"select keeps {self.select.keep} of {self.samples} samples, so that it removes none: lower "
+                "select.keep, or raise samples"
+            )
         if self.samples > 1 and not self.temperature:
             problems.append("temperature 0 gives the same completion each time: set samples to 1, or raise temperature")
         if problems:

@@ -16,6 +16,7 @@ from ..analysis.successive_halving import Rung
 from ..analysis.temperature_search import SearchResult
 from ..core import run_files
 from ..core.io import damage_reported, read_json
+from ..core.pruned_sizes import millions
 from ..runner.run_results import WRITTEN_BY, Run
 from . import plots
 from .run_sections import Figure, Section, Table
@@ -142,11 +143,11 @@ def draft(run: Run) -> Section:
     result = _read(run.folder / run_files.DRAFT, DraftMeasurement, "drafts")
     if result is None:
         return _missing(run, "the student as a draft model", run_files.DRAFT)
-    parameters, alone = f"{result.teacher_parameters / 1e6:.1f}M", f"{result.teacher_tokens_per_second:.1f}"
+    parameters, alone = millions(result.teacher_parameters), f"{result.teacher_tokens_per_second:.1f}"
     rows = [["teacher alone", parameters, "", "", alone, ""]]
     for name, score in result.drafts.items():
         accepted, speed = f"{score.accepted_tokens:.2f}", f"{score.tokens_per_second:.1f}"
-        cells = [f"{score.parameters / 1e6:.1f}M", f"{score.acceptance_rate:.1%}", accepted, speed]
+        cells = [millions(score.parameters), f"{score.acceptance_rate:.1%}", accepted, speed]
         rows.append([f"with {name}", *cells, f"{score.speedup:.2f}x"])
     text = [
         f"Speculative decoding of {result.prompts} held-out prompts, one at a time, with up to {result.new_tokens} new "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..core import run_files
 from ..core.files import write_atomic
+from ..core.pruned_sizes import millions
 from ..errors import require_package
 from ..runner.run_results import Run
 from .analysis_sections import curve, diagnosis, draft, inspection, retention, samples, temperature
@@ -87,7 +88,7 @@ def _subtitle(run: Run) -> str:
     evidence = run.results
     models = {"Teacher": evidence.get("teacher", {}), "Student": evidence.get("student", {})}
     sizes = [
-        f"{role}: {size['parameters'] / 1e6:,.1f}M parameters, {size['blocks']} blocks"
+        f"{role}: {millions(size['parameters'])} parameters, {size['blocks']} blocks"
         for role, size in models.items()
         if size.get("parameters")
     ]

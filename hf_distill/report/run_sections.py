@@ -10,7 +10,7 @@ from ..analysis.verdicts import Verdict
 from ..core import run_files
 from ..core.files import file_entry
 from ..core.held_out_metrics import CONTROL_TITLES, formatted, has_any, metrics_of_teacher, shown_metrics
-from ..core.pruned_sizes import shape_text
+from ..core.pruned_sizes import millions, shape_text
 from ..core.quantized_titles import with_quantization
 from ..core.results import Metrics, Results
 from ..recipe.tasks import target_noun
@@ -141,7 +141,7 @@ def _shape(results: Results) -> list[str]:
     if not shape:
         return []
     sizes = [model["parameters"] for model in (student, teacher) if "parameters" in model]
-    text = " of ".join(f"{size / 1e6:,.1f}M" for size in sizes)
+    text = " of ".join(map(millions, sizes))
     return [f"The student was pruned to {shape}{f': {text} parameters' if len(sizes) == 2 else ''}."]
 
 

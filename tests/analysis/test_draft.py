@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
@@ -11,26 +10,12 @@ from tiny import build
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
-from hf_distill.analysis import ModelPair, measure_drafts, open_run
+from hf_distill.analysis import ModelPair, measure_drafts
 from hf_distill.cli import app
-from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.report.html import report
 
 PROMPTS = [[5, 9, 3, 17, 2], [8, 1, 30], [4, 4, 12, 7]]
 ROWS = [[5, 9, 3, 17, 2, 40, 11], [8, 1, 30, 6, 22, 2, 19]]
-
-
-@pytest.fixture(scope="module")
-def completed_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("draft") / "run"
-    run_recipe(load_recipe("quickstart", [f"train.output_dir={folder}"], smoke=True))
-    return folder
-
-
-@pytest.fixture
-def run(completed_run, tmp_path):
-    shutil.copytree(completed_run, tmp_path / "run")
-    return open_run(tmp_path / "run")
 
 
 @pytest.fixture

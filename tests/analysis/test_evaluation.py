@@ -11,11 +11,10 @@ from tiny import build
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
-from hf_distill.analysis import evaluation, lm_eval_tasks, open_run
+from hf_distill.analysis import evaluation, lm_eval_tasks
 from hf_distill.analysis.evaluation import retention, retention_of
 from hf_distill.analysis.lm_eval_tasks import EvalTask, load_tasks, per_example_scores
 from hf_distill.cli import app
-from hf_distill.recipe import load_recipe, run_recipe
 
 CHOICE = """
 task: colors
@@ -43,19 +42,6 @@ metadata: {{version: 1.0, category: language}}
 CASES = [
     {"question": f"The color of number {i} is", "choices": ["red", "green", "blue"], "gold": i % 3} for i in range(9)
 ]
-
-
-@pytest.fixture(scope="module")
-def completed_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("retention") / "run"
-    run_recipe(load_recipe("quickstart", [f"train.output_dir={folder}"], smoke=True))
-    return folder
-
-
-@pytest.fixture
-def run(completed_run, tmp_path):
-    shutil.copytree(completed_run, tmp_path / "run")
-    return open_run(tmp_path / "run")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from ...core.defaults import DRAFT_NEW_TOKENS, DRAFT_PROMPTS, DRAFTED_TOKENS
+from ...core.pruned_sizes import millions
 from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def _table(result: "DraftMeasurement") -> Table:
     for heading in ("parameters", "acceptance rate", "accepted", "tokens/s", "speed-up"):
         table.add_column(heading, justify="right")
     alone = f"{result.teacher_tokens_per_second:.1f}"
-    table.add_row("teacher alone", f"{result.teacher_parameters / 1e6:.1f}M", "", "", alone, "")
+    table.add_row("teacher alone", millions(result.teacher_parameters), "", "", alone, "")
     for name, score in result.drafts.items():
         table.add_row(
             f"with {name}",
-            f"{score.parameters / 1e6:.1f}M",
+            millions(score.parameters),
             f"{score.acceptance_rate:.1%}",
             f"{score.accepted_tokens:.2f} of {result.drafted_tokens}",
             f"{score.tokens_per_second:.1f}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import DistillError
-from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..app import AllowPickles, Overrides, Recipe, Smoke, TrustRemoteCode, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
 if TYPE_CHECKING:
@@ -32,13 +32,8 @@ def generate(
     ] = False,
     smoke: Smoke = False,
     yes: Yes = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow Python code from the repositories of the models.")
-    ] = False,
-    allow_pickles: Annotated[
-        bool,
-        typer.Option("--allow-pickles", help="Allow pickled weights; loading them can run arbitrary code."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Let the teacher complete the prompts of a recipe, and write a data set to train on (sequence-level KD)."""
     from ...recipe.load import load_recipe

@@ -10,7 +10,19 @@ from rich.table import Table
 
 from ...core.defaults import SEARCH_CRITERION, SEARCH_ETA, SHAPE_SEARCH_STEPS
 from ...core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
-from ..app import AsJson, Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ...core.pruned_sizes import millions, shape_text
+from ..app import (
+    AllowPickles,
+    AsJson,
+    Overrides,
+    Recipe,
+    Smoke,
+    TrustRemoteCode,
+    Yes,
+    app,
+    disable_library_progress_bars,
+    out,
+)
 from ..confirm import confirm_downloads
 
 if TYPE_CHECKING:
@@ -29,18 +41,13 @@ def prune(
     ] = SEARCH_CRITERION,
     eta: Annotated[int, typer.Option(help="After each rung of the search, one of ETA shapes continues.")] = SEARCH_ETA,
     steps: Annotated[
-        int, typer.Option(help="Steps of which the search trains the best two shapes half.")
+        int, typer.Option(help="Length of the search: the last ETA shapes are trained for STEPS / ETA steps.")
     ] = SHAPE_SEARCH_STEPS,
     smoke: Smoke = False,
     yes: Yes = False,
     as_json: AsJson = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow Python code from the repositories of the models.")
-    ] = False,
-    allow_pickles: Annotated[
-        bool,
-        typer.Option("--allow-pickles", help="Allow pickled weights; loading them can run arbitrary code."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Prune a student from its teacher, and write it with its evaluation before training.
 
@@ -79,12 +86,17 @@ def prune(
         out.print(_search_table(search))
     out.print(_table(model))
     out.print(f"Student: {model.folder}", soft_wrap=True, highlight=False)
-    command = ["hf-distill", "run", recipe, *requested]
+    command = _training_command(recipe, requested, search, smoke)
+    out.print(f"Train it: {command}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _training_command(recipe: str, overrides: list[str], search: "ShapeSearchResult | None", smoke: bool) -> str:
+    """Return the command that trains the student; a search has replaced the number of parameters by sizes."""
+    command = ["hf-distill", "run", recipe, *overrides]
     if search is not None:
         sizes = search.from_teacher.model_dump(exclude_unset=True, exclude_defaults=True)
         command.append(f"student.from_teacher={{{', '.join(f'{name}: {value}' for name, value in sizes.items())}}}")
-    command += ["--smoke"][: int(smoke)]
-    out.print(f"Train it: {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
+    return shlex.join([*command, *(["--smoke"] if smoke else [])])
 
 
 def _table(model: "PrunedModel") -> Table:
@@ -95,15 +107,13 @@ def _table(model: "PrunedModel") -> Table:
         table.add_column(heading, justify="right" if heading else "left")
     teacher = metrics_of_teacher(model.metrics)
     if teacher:
-        table.add_row("teacher", _millions(model.teacher.get("parameters")), *formatted(teacher, shown))
-    table.add_row("student", _millions(model.student.get("parameters")), *formatted(model.metrics, shown))
+        table.add_row("teacher", millions(model.teacher.get("parameters")), *formatted(teacher, shown))
+    table.add_row("student", millions(model.student.get("parameters")), *formatted(model.metrics, shown))
     return table
 
 
 def _search_table(result: "ShapeSearchResult") -> Table:
     """Return a table of all shapes, with the winner in bold."""
-    from ...core.pruned_sizes import shape_text
-
     title = f"Shapes on held-out rows, the best by {result.by} first ({result.steps} steps in all)"
     table = Table(title=title, box=None, pad_edge=False)
     for heading in ("shape", "parameters", "NLL before", "steps", "NLL", "KL to teacher"):
@@ -111,11 +121,7 @@ def _search_table(result: "ShapeSearchResult") -> Table:
     for number, candidate in enumerate(result.candidates):
         first, last = candidate.rungs[0], candidate.rungs[-1]
         sizes = {"layers" if name == "keep_layers" else name: size for name, size in candidate.sizes.items()}
-        values = [_millions(candidate.parameters), f"{first.nll:.3f}", f"{last.step}", f"{last.nll:.3f}"]
+        values = [millions(candidate.parameters), f"{first.nll:.3f}", f"{last.step}", f"{last.nll:.3f}"]
         values.append("-" if last.kl is None else f"{last.kl:.3f}")
         table.add_row(f"{candidate.name}: {shape_text(sizes)}", *values, style="" if number else "bold")
     return table
-
-
-def _millions(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.1f}M"

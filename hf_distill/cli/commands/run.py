@@ -27,7 +27,7 @@ from ...core.held_out_metrics import (
 )
 from ...core.quantized_titles import with_quantization
 from ...core.results import Metrics, StageFacts
-from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..app import AllowPickles, Overrides, Recipe, Smoke, TrustRemoteCode, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 from .publish import publish_run
 
@@ -42,13 +42,8 @@ def run(
     smoke: Smoke = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     yes: Yes = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow Python code from the repositories of the models.")
-    ] = False,
-    allow_pickles: Annotated[
-        bool,
-        typer.Option("--allow-pickles", help="Allow pickled weights; loading them can run arbitrary code."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
     no_self_check: Annotated[
         bool,
         typer.Option(

@@ -7,7 +7,7 @@ import typer
 
 from ...core.defaults import SERVE_BATCH_TOKENS, SERVE_HOST, SERVE_PORT, SERVE_QUEUED_TOKENS
 from ...errors import DistillError, require_package
-from ..app import Overrides, Smoke, Yes, app, disable_library_progress_bars, out
+from ..app import AllowPickles, Overrides, Smoke, TrustRemoteCode, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
 if TYPE_CHECKING:
@@ -46,12 +46,8 @@ def serve(
     max_queued_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that may wait; further requests get HTTP 503.")
     ] = SERVE_QUEUED_TOKENS,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow Python code from the repository of the model.")
-    ] = False,
-    allow_pickles: Annotated[
-        bool, typer.Option("--allow-pickles", help="Allow pickled weights; loading them can run arbitrary code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
     smoke: Smoke = False,
     yes: Yes = False,
 ) -> None:
