@@ -38,3 +38,15 @@ def test_a_missed_limit_is_reported(monkeypatch):
     }
     results = {"losses": {"shape": {"head_gradient_gib": 2.0, "calls": calls}}, "trainer": {"bf16": {"failed": "x"}}}
     assert [passed for _, passed in verdicts(results)] == [True, False, True, True, False, False, False]
+
+
+def test_the_benchmark_of_training_steps_runs_its_cases_on_a_cpu(tmp_path):
+    output = tmp_path / "gpu_step.json"
+    cases = ["dense", "gkd", "ours", "on-policy ours"]
+    command = [sys.executable, "gpu_step.py", "--device", "cpu", "--output", str(output), "--cases", *cases]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {case: rows[0] for case, rows in json.loads(output.read_text())["cases"].items()}
+    assert all("failed" not in row for row in results.values()), results
+    assert abs(results["ours"]["loss"] - results["dense"]["loss"]) < 1e-4 * results["dense"]["loss"]
+    assert abs(results["ours"]["loss"] - results["gkd"]["loss"]) < 1e-4 * results["gkd"]["loss"]

@@ -107,3 +107,29 @@ def test_launchers_run_a_recipe(tmp_path, launcher):
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["prune-width"], ["quickstart", "student={from_teacher: {keep_layers: 2, vocab: {keep: used}}}"]],
+    ids=["pruned-width", "trimmed-vocabulary"],
+)
+def test_two_processes_prune_and_train_the_same_student_as_one(tmp_path, changes):
+    """Importance is measured, or ids are counted, once or on every rank: the kept units and the losses are equal."""
+    recipe, *overrides = changes
+    common = [recipe, "--smoke", *overrides, "control=null", "train.max_steps=3"]
+    two = run_recipe(tmp_path, *common, "train.output_dir=two", "train.per_device_train_batch_size=2")
+    assert two.returncode == 0, two.stderr[-4000:]
+    one = run_recipe(tmp_path, *common, "train.output_dir=one", "train.per_device_train_batch_size=4", ranks=1)
+    assert one.returncode == 0, one.stderr[-4000:]
+    configs, losses, kept = [], [], []
+    for run in (tmp_path / "one", tmp_path / "two"):
+        configs.append(json.loads((run / "student" / "config.json").read_text()))
+        kept.append(json.loads((run / "pruning.json").read_text())["kept"])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line[name] for line in lines for name in ("loss", "grad_norm", "eval_kl") if name in line])
+        AutoModelForCausalLM.from_pretrained(run / "student")
+    assert configs[0] == configs[1]
+    assert kept[0] == kept[1]
+    assert len(losses[0]) >= 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
