@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The tests of one file share fixtures. Tests on several processes run after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-models test-minimum-versions test-triton test-vllm check lint bench evidence soak fuzz browser clean
+.PHONY: quickstart test test-models test-minimum-versions test-triton test-vllm check lint docs bench evidence soak fuzz browser clean
 .DELETE_ON_ERROR:
 
 # torch is installed first and pinned, so that a later line cannot choose another build.
@@ -84,6 +84,14 @@ lint: $(VENV)/installed-dev
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive hf_distill
 
 check: lint test
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+# The documentation site, in build/site. A warning of MkDocs (such as a broken link) is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Other libraries to compare with are installed in a separate virtual environment.
 $(VENV)-bench/installed: setup.cfg

@@ -15,7 +15,7 @@ from hf_distill.losses import LOSSES
 from hf_distill.recipe.smoke import byte_tokenizer
 
 ROOT = Path(hf_distill.__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHER_PAGES = [
     ROOT / name
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "recipes/README.md")

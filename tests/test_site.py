@@ -1,0 +1,90 @@
+"""The documentation site: its navigation lists every page, its gallery every recipe, and links keep their target."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hf_distill
+from hf_distill.recipe import list_recipes
+
+ROOT = Path(hf_distill.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def hook():
+    spec = importlib.util.spec_from_file_location("site_hook", ROOT / "docs" / "site_hook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Loader(yaml.SafeLoader):
+    """Reads mkdocs.yml without the Python objects that MkDocs makes of it."""
+
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+
+
+def nav_pages(entry) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry if isinstance(entry, list) else entry.values()) for page in nav_pages(part)]
+
+
+def test_no_page_is_missing_from_the_navigation(hook):
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
+    docs = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    pages = docs + [hook.site_path(path) for path in hook.OTHER_PAGES]
+    assert sorted(nav_pages(config["nav"])) == sorted(pages)
+
+
+def test_no_recipe_is_missing_from_the_gallery(hook):
+    assert sorted(hook.recipe_names()) == sorted(list_recipes())
+    assert re.findall(r"^## (\S+)$", hook.gallery(), flags=re.M) == hook.recipe_names()
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_gallery_leaves_out_no_words_of_a_header(hook, name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    description, facts = hook.read_header(text)
+    assert list(facts) == ["command", "hardware", "time", "result"]
+    stated = re.sub(r"^# ?", "", re.match(r"(?:#.*\n)*", text)[0], flags=re.M).split("\n\n")[:2]
+    assert description == " ".join(stated[0].split())
+    rest = " ".join(f"{fact}: {' '.join(value.split())}" for fact, value in facts.items())
+    assert rest == " ".join(stated[1].split())
+
+
+def test_a_result_file_of_a_header_is_a_link(hook):
+    assert "[quickstart.json](../benchmarks/results/quickstart.json)" in hook.gallery()
+    assert "](../../docs" not in hook.render_header("prune-width", "recipes/prune-width.yaml")
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "expected"),
+    [
+        ("docs/hub.md", "recipes.md#tasks", "recipes.md#tasks"),
+        ("docs/hub.md", "../recipes/quickstart.yaml", "recipes/quickstart.md"),
+        ("docs/hub.md", "../recipes/README.md", "recipes-gallery.md"),
+        ("docs/hub.md", "../hf_distill/teachers/base.py", "hf_distill/teachers/base.py.md"),
+        ("docs/hub.md", "../benchmarks/results/evidence", "benchmarks/results/evidence.md"),
+        ("docs/how-to/api.md", "../../benchmarks/results/hub.json", "../benchmarks/results/hub.json"),
+        ("docs/how-to/api.md", "../hub.md", "../hub.md"),
+        ("README.md", "docs/hub.md#publish", "hub.md#publish"),
+        ("benchmarks/README.md", "../docs/evidence.md", "../evidence.md"),
+        ("model_cards/quickstart/README.md", "figures/curve.png", "figures/curve.png"),
+        ("docs/hub.md", "https://arxiv.org/abs/1503.02531", "https://arxiv.org/abs/1503.02531"),
+        ("docs/hub.md", "#chains", "#chains"),
+    ],
+)
+def test_a_link_keeps_its_target_on_the_site(hook, page, link, expected):
+    assert hook.rewrite_links(page, f"See [x]({link}).") == f"See [x]({expected})."
+
+
+def test_links_in_code_stay_as_they_are(hook):
+    text = "`[x](../recipes/ema.yaml)`\n\n```python\ny = [x](../recipes/ema.yaml)\n```\n"
+    assert hook.rewrite_links("docs/hub.md", text) == text
+    assert hook.linked_files("docs/hub.md", text) == []
+    assert hook.linked_files("docs/hub.md", "[x](../recipes/ema.yaml)") == ["recipes/ema.yaml"]
