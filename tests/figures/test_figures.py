@@ -1,0 +1,113 @@
+"""Figures that the documentation quotes come from benchmarks/results; tests/figures/*.yaml says how."""
+
+import re
+
+import pytest
+import yaml
+from expressions import evaluate, format_like
+from quoted_figures import HERE, NOT_MEASURED, ROOT, entries, exemptions, lists, looks_measured, occurrences
+
+ENTRIES = list(entries())
+PAGES = [listed["page"] for listed in lists()]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_a_quoted_figure_agrees_with_its_json(entry):
+    assert len(entry.figures) == len(entry.values), f"{entry}: {len(entry.figures)} figures, {len(entry.values)} values"
+    computed, page = entry.computed(), (ROOT / entry.page).read_text()
+    is_quoted = bool(occurrences(entry.text, page))
+    found = [list(match.groups()) for match in occurrences(entry.text, page, any_figures=True)]
+    problem = "" if is_quoted else f" The page does not have this text{f', but the figures {found}' if found else ''}."
+    if entry.figures != computed or problem:
+        files = ", ".join(entry.files.values())
+        pytest.fail(
+            f"{entry.page}: {entry.quoted!r}. Listed: {entry.figures}. {files} gives {computed}.{problem}",
+            pytrace=False,
+        )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_figure_that_looks_measured_is_listed(page):
+    text = (ROOT / page).read_text()
+    covered: set[int] = set()
+    for entry in ENTRIES:
+        if entry.page == page:
+            for match in occurrences(entry.text, text):
+                covered |= {match.start(group + 1) for group in range(len(entry.figures))}
+    for listed, _, quoted in exemptions():
+        if listed == page:
+            for match in occurrences(quoted, text):
+                covered |= set(range(*match.span()))
+    unlisted = [
+        f"{page}:{text.count(chr(10), 0, found.start()) + 1}: {text[max(0, found.start() - 40) : found.end() + 30]!r}"
+        for found in looks_measured(text)
+        if found.start() not in covered
+    ]
+    if unlisted:
+        pytest.fail("figures without an entry in tests/figures:\n" + "\n".join(unlisted), pytrace=False)
+
+
+@pytest.mark.parametrize(("page", "category", "text"), list(exemptions()))
+def test_a_text_with_figures_that_are_not_measured_is_on_its_page(page, category, text):
+    assert category in NOT_MEASURED, f"{category}: the categories are {', '.join(NOT_MEASURED)}"
+    assert occurrences(text, (ROOT / page).read_text()), f"{page} does not have: {text}"
+
+
+def test_a_page_has_one_list_and_each_text_is_listed_once():
+    assert len(PAGES) == len(set(PAGES))
+    texts = [(entry.page, entry.quoted) for entry in ENTRIES]
+    assert [text for text in texts if texts.count(text) > 1] == []
+
+
+def test_expressions_read_paths_filters_and_arithmetic():
+    names = {"cases": [{"who": "a", "s": 1.0}, {"who": "b", "s": 3.0}, {"who": "b", "s": 5.0, "k": 1}]}
+    assert evaluate("cases[0].s", names) == 1.0
+    assert evaluate('cases[who == "a"].s', names) == 1.0
+    assert evaluate('mean(cases[who == "b"].s)', names) == 4.0
+    assert evaluate('100 * (cases[who == "b", k == None].s / cases[0].s - 1)', names) == 200
+    assert evaluate("max(cases.s / 2)", names) == 2.5
+    with pytest.raises(LookupError, match="no item"):
+        evaluate('cases[who == "c"]', names)
+
+
+@pytest.mark.parametrize("text", ['__import__("os")', "cases.append(1)", "[x for x in cases]", "2 ** 9", "lambda: 1"])
+def test_expressions_run_no_code(text):
+    with pytest.raises((ValueError, KeyError)):
+        evaluate(text, {"cases": []})
+
+
+@pytest.mark.parametrize(
+    ("quoted", "value", "text"),
+    [
+        ("1.0", 1.04, "1.0"),
+        ("1,589", 1588.6, "1,589"),
+        ("2939", 2938.6, "2939"),
+        ("2e-7", 1.7e-7, "2e-7"),
+        ("1", -0.9, "-1"),
+    ],
+)
+def test_a_figure_is_formatted_as_it_is_quoted(quoted, value, text):
+    assert format_like(quoted, value) == text
+
+
+def test_figures_with_units_and_decimals_look_measured_and_code_and_versions_do_not():
+    page = """It takes 3 minutes, 5 % and 2.5 of TRL 1.16 (`alpha=0.5`, 2503.16870), 4x,
+12 rows. [0.3](0.4)
+
+| a | 0.25 | 1,589 MiB | 7 |
+
+```
+0.75
+```
+"""
+    found = [re.match(r"[\d.,]+", match[0])[0] for match in looks_measured(page)]
+    assert found == ["3", "5", "2.5", "4", "0.3", "0.25", "1,589"]
+
+
+def test_lists_have_no_unknown_keys():
+    for path in HERE.glob("*.yaml"):
+        listed = yaml.safe_load(path.read_text())
+        assert listed.keys() <= {"page", "measured", "not_measured"}, path.name
+        for group in listed.get("measured", []):
+            assert group.keys() <= {"file", "files", "names", "figures"}, path.name
+            assert all(figure.keys() <= {"text", "at", "values"} for figure in group["figures"]), path.name
