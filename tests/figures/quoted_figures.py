@@ -3,7 +3,8 @@
 A list has a page and `measured`: groups of entries with the JSON `file` (in benchmarks/results; a pattern gives a
 list) or several named `files`, `names` for repeated expressions, and `figures`. An entry has the quoted `text` with
 its figures in braces, and `values`: an expression for each (expressions.py), evaluated in the file, or in the part of
-it that `at` selects. `not_measured` lists quoted texts whose figures are no results, by category.
+it that `at` selects (a list is named `row`). `not_measured` lists quoted texts whose
+figures are no results, by category.
 """
 
 import json
@@ -74,7 +75,10 @@ class Entry:
             names |= {key: [data.get(key) for data in names[""]] for key in names[""][0]}
         for name, expression in self.names.items():
             names[name] = evaluate(expression, names)
-        return names | (evaluate(self.at, names) if self.at else {})
+        if self.at:
+            row = evaluate(self.at, names)
+            names |= {"row": row} if isinstance(row, list) else row
+        return names
 
 
 @cache

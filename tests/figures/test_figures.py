@@ -55,7 +55,7 @@ def test_a_text_with_figures_that_are_not_measured_is_on_its_page(page, category
 
 def test_a_page_has_one_list_and_each_text_is_listed_once():
     assert len(PAGES) == len(set(PAGES))
-    texts = [(entry.page, entry.quoted) for entry in ENTRIES]
+    texts = [(entry.page, entry.text) for entry in ENTRIES]
     assert [text for text in texts if texts.count(text) > 1] == []
 
 
