@@ -121,6 +121,7 @@ bench: $(VENV)-bench/installed
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python importance.py norms
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python hub.py
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python remote.py
+	cd benchmarks && $(abspath $(VENV)-bench)/bin/python remote_json.py
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspect_teacher.py ../runs/quickstart
 

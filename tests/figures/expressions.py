@@ -95,6 +95,6 @@ def format_like(quoted: str, value: float) -> str:
     """The value with the decimals, the thousands separator and the exponent of a quoted figure."""
     digits = quoted.lower().partition("e")[0].partition(".")[2]
     kind = "e" if "e" in quoted.lower() else "f"
-    text = f"{value:{',' if ',' in quoted else ''}.{len(digits)}{kind}}"
+    text = f"{value:{'+' if quoted.startswith('+') else ''}{',' if ',' in quoted else ''}.{len(digits)}{kind}}"
     mantissa, exponent = text.split("e") if kind == "e" else (text, "")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa

@@ -1,10 +1,10 @@
 """The figures that pages quote, listed in tests/figures/*.yaml, and those that look measured.
 
-A list has a page and `measured`: groups of entries with the JSON `file` (in benchmarks/results; a pattern gives a
-list) or several named `files`, `names` for repeated expressions, and `figures`. An entry has the quoted `text` with
-its figures in braces, and `values`: an expression for each (expressions.py), evaluated in the file, or in the part of
-it that `at` selects (a list is named `row`). `not_measured` lists quoted texts whose
-figures are no results, by category.
+A list has a page and `measured`: groups of entries with the JSON `file` (in benchmarks/results; its keys are names, and
+`file` is all of it) or several named `files` (a pattern gives a list), `names` for repeated expressions, and `figures`.
+An entry has the quoted `text` with its figures in braces, and `values`: an expression for each (expressions.py),
+evaluated in the file, or in the part of it that `at` selects (a list is named `row`). `not_measured` lists quoted texts
+whose figures are no results, by category.
 """
 
 import json
@@ -43,7 +43,7 @@ class Entry:
 
     page: str
     text: str
-    files: dict[str, str]
+    files: dict[str, str]  # "": the only file, whose keys are names
     values: tuple[str, ...]
     names: dict[str, str] = field(default_factory=dict, hash=False)
     at: str = ""
@@ -70,9 +70,7 @@ class Entry:
         names: dict[str, Any] = {}
         for name, pattern in self.files.items():
             data = read(pattern)
-            names |= {name: data} if name or isinstance(data, list) else data
-        if "" in names:  # a pattern of files: its keys are lists over the files
-            names |= {key: [data.get(key) for data in names[""]] for key in names[""][0]}
+            names |= {name: data} if name else {**data, "file": data}
         for name, expression in self.names.items():
             names[name] = evaluate(expression, names)
         if self.at:
@@ -126,10 +124,10 @@ def occurrences(text: str, page: str, any_figures: bool = False) -> list[re.Matc
     return list(re.finditer(rf"(?<![\d.,]){pattern}(?![\d]|[.,]\d)", page))
 
 
-_NUMBER = r"(?<![\w.,:/=<>-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
+_NUMBER = r"(?<![\w.,:/=<>])(?<!\w-)(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
 _UNIT = (
     r"(?:times|x|%|[kMGT]i?B|ms|µs|(?:CPU )?(?:seconds?|minutes|hours)|tokens (?:per|a) second|tok/s|tokens/s|"
-    r"nats?|bits|[kM]bit/s|points)"
+    r"nats?|bits per byte|[kM]bit/s|points)"
 )
 _WITH_UNIT = re.compile(rf"({_NUMBER})\s+{_UNIT}(?![\w/])|({_NUMBER})(?:%|x)(?!\w)")
 _CODE = re.compile(r"^```.*?^```|^(?: {4}|\t)\S.*?$|`[^`\n]*`|\]\([^)]*\)|\b\d{4}\.\d{5}\b", re.M | re.S)
