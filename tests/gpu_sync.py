@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_distill
 from hf_distill.core.logits import SparseLogProbs
-from hf_distill.losses import fused
+from hf_distill.losses import fused, logit_chunks
 
 PACKAGE = f"{Path(hf_distill.__file__).parent}/"
 _SITE_PACKAGES = f"{Path(torch.__file__).parents[1]}/"
@@ -26,7 +26,7 @@ _READING |= {"bincount", "nonzero_numpy", "is_nonzero", "repeat_interleave"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _COPYING = (torch.Tensor.tolist, torch.Tensor.cpu)
 # Functions that read a number only if its tensor is on the CPU.
-CPU_BRANCHES = (fused.ChunkedLoss.__post_init__, fused._scaled, fused._may_be_masked)
+CPU_BRANCHES = (fused.ChunkedLoss.__post_init__, fused._scaled, logit_chunks.may_be_masked)
 # Functions that are called with tensors on the host, before they are copied to the device.
 ON_HOST = (SparseLogProbs.without_ids_from,)
 

@@ -19,14 +19,14 @@ gather the head's weight and reduce its gradient as usual.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..core.aligned_logits import AlignedLogits, CrossTokenizerLogits, aligned_only, cut_rows
-from ..core.logits import DenseLogits, LazyLogits, LogitScaling, SparseLogProbs, compute_dtype
+from ..core.logits import DenseLogits, LazyLogits, LogitScaling, compute_dtype
 from ..core.loss_kinds import CHUNK_LOG_PROBS, FIRST_LOGITS
 from ..core.matmul import accumulate_matmul, rounds_gradient_to_bf16
 from ..core.signals import Signals
@@ -35,14 +35,23 @@ from ..core.teacher_logits import MultiTeacherLogits, OneTeacherLogits, logits_b
 from ..errors import DistillError
 from .analytic_gradients import BlockLogits, BufferPool
 from .chunk_metrics import CHUNK_METRICS, CHUNK_TOTALS, chunk_metrics, chunk_totals
-from .fused_buffers import auto_chunk_tokens, block_rows, gradient_has_buffer, new_row_buffer
-from .kernels.row_losses import HeadOutput, RowLosses
+from .fused_buffers import block_rows
+from .kernels.row_losses import RowLosses
 from .kernels.selection import uses_row_kernel
+from .logit_chunks import (
+    LogitBuffers,
+    LogitChunk,
+    LogitSource,
+    is_sparse,
+    may_be_masked,
+    reference_tensor,
+    scaling_of,
+    slice_chunk,
+    tokens_per_chunk,
+)
 from .objective import Term
 from .output_types import DISTRIBUTION_OUTPUTS, OutputType
 
-LogitSource: TypeAlias = DenseLogits | LazyLogits | SparseLogProbs | AlignedLogits
-LogitChunk: TypeAlias = Tensor | SparseLogProbs | AlignedLogits
 OnGradient: TypeAlias = Callable[[slice, Tensor], None]
 
 
@@ -151,48 +160,47 @@ class ChunkedLoss:
         for source in (student_logits, *sources.values()):
             if isinstance(source, LazyLogits):
                 source.check_weight()
-        dtype = compute_dtype(_values(student_logits))
-        chunk_tokens = self._whole_groups(self.chunk_tokens or _auto_chunk_tokens(student_logits, sources, dtype))
+        dtype = compute_dtype(reference_tensor(student_logits))
+        chunk_tokens = self._whole_groups(self.chunk_tokens or tokens_per_chunk(student_logits, sources, dtype))
         teacher_logits = self.logits_by_teacher(chunk_tokens)
         chunk_ranges = cut_rows(num_tokens, chunk_tokens, aligned_only(teacher_logits))
-        buffer_rows = max((rows.stop - rows.start for rows in chunk_ranges), default=0)
         self._gradient_factor = self._inverse_divisor_in_forward / gradient_unit
-        self._may_be_masked = any(_may_be_masked(source) for source in (student_logits, *teacher_logits.values()))
+        self._may_be_masked = any(may_be_masked(source) for source in (student_logits, *teacher_logits.values()))
         row_losses = self._row_losses(student_logits)
-        student_buffer = _new_buffer(student_logits, buffer_rows, dtype)
-        teacher_buffers = {name: _new_buffer(teacher, buffer_rows, dtype) for name, teacher in teacher_logits.items()}
-        gradient_buffer, gradient_dtype = student_buffer, gradient_dtype or dtype
-        if on_gradient and gradient_has_buffer(row_losses is not None, gradient_dtype.itemsize, dtype.itemsize):
-            gradient_buffer = _new_buffer(student_logits, buffer_rows, gradient_dtype)
         names = self._metric_names()
         table = torch.zeros(len(names), num_tokens, dtype=dtype, device=device)
         order = row_losses.names if row_losses else names
         self.per_token = {name: table[order.index(name)] for name in names}
+        buffer_rows = max((rows.stop - rows.start for rows in chunk_ranges), default=0)
+        buffers = LogitBuffers.allocate(student_logits, teacher_logits, buffer_rows, dtype)
+        if on_gradient:
+            buffers.allocate_gradient(student_logits, buffer_rows, gradient_dtype or dtype, row_losses is not None)
         for rows in chunk_ranges:
-            gradient: Any = None if on_gradient is None else gradient_buffer[: rows.stop - rows.start]
+            gradient: Any = None if on_gradient is None else buffers.gradient[: rows.stop - rows.start]
             if row_losses:
                 targets = self.targets.slice(rows)
-                outputs = [_head_output(student_logits, rows, student_buffer, device)]
-                outputs += [_head_output(t, rows, teacher_buffers[name], device) for name, t in teacher_logits.items()]
+                outputs = buffers.head_outputs(student_logits, teacher_logits, rows, device)
                 row_losses.run(outputs, targets.labels, targets.label_mask, table[:, rows], gradient, rows.start)
             else:
-                student_chunk = student_logits.project(rows, out=student_buffer)
-                teacher_chunks = {
-                    name: _teacher_chunk(teacher, rows, teacher_buffers[name], student_chunk.device)
-                    for name, teacher in teacher_logits.items()
-                }
-                self._run_chunk(student_chunk, teacher_chunks, rows.start, gradient, _scaling(student_logits))
+                student_chunk, teacher_chunks = buffers.logits(student_logits, teacher_logits, rows)
+                self._run_chunk(student_chunk, teacher_chunks, rows.start, gradient, scaling_of(student_logits))
             if on_gradient is not None:
                 on_gradient(rows, gradient)
-        first_teacher = next(iter(teacher_logits.values()), None)
+        self._store_chunk_totals(next(iter(teacher_logits.values()), None))
+        return self._weighted_total(dtype)
+
+    def _store_chunk_totals(self, first_teacher: LogitSource | None) -> None:
+        """Store the sums over chunks of text, if the first teacher has another tokenizer and they are requested."""
         if isinstance(first_teacher, AlignedLogits) and "chunk_bytes" in self.per_token:
             for name, values in chunk_totals(first_teacher, self.per_token["student_ce"]).items():
                 self.per_token[name].copy_(values)
-        total = torch.zeros((), dtype=dtype, device=device)
-        if self.targets.weights is not None:
-            for term in self.terms:
-                self.per_token[term.name].mul_(self.targets.weights)
+
+    def _weighted_total(self, dtype: torch.dtype) -> Tensor:
+        """Multiply the values of the terms by the weights of their tokens, and return the weighted sum of all, []."""
+        total = torch.zeros((), dtype=dtype, device=self.targets.labels.device)
         for term in self.terms:
+            if self.targets.weights is not None:
+                self.per_token[term.name].mul_(self.targets.weights)
             if term.weight:
                 total = total + term.weight * self.per_token[term.name].sum()
         return total * self._inverse_divisor_in_forward
@@ -236,7 +244,7 @@ class ChunkedLoss:
         """
         size = block_rows(student_chunk.shape[1] * student_chunk.element_size(), student_chunk.device.type)
         for block in cut_rows(len(student_chunk), self._whole_groups(size), aligned_only(teacher_chunks)):
-            teacher_blocks = {name: _slice(chunk, block) for name, chunk in teacher_chunks.items()}
+            teacher_blocks = {name: slice_chunk(chunk, block) for name, chunk in teacher_chunks.items()}
             gradients = self._run_block(student_chunk[block], teacher_blocks, start + block.start, gradient is not None)
             if gradient is not None:
                 _write_gradient(student_chunk[block], gradients, scaling, gradient[block])
@@ -272,7 +280,7 @@ class ChunkedLoss:
             first_teacher = next(iter(logits_by_teacher(self.teacher_logits).values()), None)
             names += self.output_type.pair_metrics if isinstance(first_teacher, DenseLogits | LazyLogits) else ()
             if isinstance(first_teacher, CrossTokenizerLogits):
-                names += () if _is_sparse(first_teacher) else CHUNK_METRICS
+                names += () if is_sparse(first_teacher) else CHUNK_METRICS
                 names += CHUNK_TOTALS if self.statistics_every == 1 and first_teacher.chunk_bytes is not None else ()
         return names
 
@@ -475,77 +483,3 @@ class _LossFromLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.grad_logits * grad_total, None, None
-
-
-def _auto_chunk_tokens(
-    student_logits: LogitSource, teacher_logits: Mapping[str | None, OneTeacherLogits], dtype: torch.dtype
-) -> int:
-    """Return `auto_chunk_tokens` for the models whose logits are computed."""
-    sources: list[Any] = [source for source in (student_logits, *teacher_logits.values()) if not _is_sparse(source)]
-    device = _values(student_logits).device
-    return auto_chunk_tokens([source.vocab_size for source in sources], dtype.itemsize, device.type)
-
-
-def _is_sparse(source: Any) -> bool:
-    """Whether a teacher returns no logits, but log-probabilities of some ids, or nothing that a loss reads."""
-    if isinstance(source, CrossTokenizerLogits):
-        return _is_sparse(source.logits)
-    if isinstance(source, AlignedLogits):
-        return source.first_logits is None or _is_sparse(source.first_logits)
-    return isinstance(source, SparseLogProbs)
-
-
-def _new_buffer(source: LogitSource, rows: int, dtype: torch.dtype) -> Any:
-    """Allocate a buffer [rows, V] for logits or their gradient; None for a sparse teacher."""
-    if _is_sparse(source):
-        return None
-    logits: Any = source.first_logits if isinstance(source, AlignedLogits) else source
-    return new_row_buffer(_values(logits), rows, logits.vocab_size, dtype)
-
-
-def _values(source: Any) -> Tensor:
-    """Return a tensor of the device and dtype of the logits."""
-    return source.hidden if isinstance(source, LazyLogits) else source.values
-
-
-def _may_be_masked(source: Any) -> bool:
-    """Whether some logits may be -inf; those of an output head without a bias never are.
-
-    The values on a GPU are not read, because that would wait for it; there they may be.
-    """
-    if _is_sparse(source):
-        return False
-    if isinstance(source, AlignedLogits):
-        return _may_be_masked(source.first_logits)
-    values = source.values if isinstance(source, DenseLogits) else source.bias
-    return values is not None and (values.device.type != "cpu" or bool((values == -torch.inf).any()))
-
-
-def _teacher_chunk(teacher: LogitSource, rows: slice, buffer: Tensor | None, device: torch.device) -> LogitChunk:
-    """Return the teacher logits of a chunk, [t, V_t], on the student's device; a sparse teacher stays sparse."""
-    if isinstance(teacher, SparseLogProbs):
-        return teacher.slice(rows)
-    if not isinstance(teacher, AlignedLogits):
-        return teacher.project(rows, out=buffer).to(device)
-    aligned = teacher.slice(rows)
-    if isinstance(aligned.first_logits, DenseLogits | LazyLogits):
-        values = aligned.first_logits.project(out=buffer).to(device)
-        aligned = replace(aligned, first_logits=DenseLogits(values))
-    return aligned
-
-
-def _head_output(source: Any, rows: slice, buffer: Tensor | None, device: torch.device) -> HeadOutput:
-    """Return what the output head of a dense or lazy source gives for a chunk, [t, V], on the student's device."""
-    bias = source.bias if isinstance(source, LazyLogits) else None
-    values = source.head_output(rows, buffer).to(device)
-    return HeadOutput(values, None if bias is None else bias.to(device), _scaling(source))
-
-
-def _scaling(source: Any) -> LogitScaling:
-    """Return the scale and soft cap of logits that are not materialized yet; materialized logits have them."""
-    return source.scaling if isinstance(source, LazyLogits) else LogitScaling()
-
-
-def _slice(chunk: LogitChunk, block_rows: slice) -> LogitChunk:
-    """Return some rows of the teacher logits of a chunk."""
-    return chunk[block_rows] if isinstance(chunk, Tensor) else chunk.slice(block_rows)

@@ -1,7 +1,7 @@
 """One distillation step: `Distiller` takes a batch and returns its loss. It runs with or without a Trainer."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,55 +133,35 @@ class Distiller:
         """
         model = unwrap_model(student)
         model_type = model_type_of(model)
-        num_outputs = model_type.num_outputs(model)
-        output_type = model_type.output_type
+        num_outputs, output_type = model_type.num_outputs(model), model_type.output_type
         counts_origins = any(term.by_origin for term in self.terms)
         step = StepInputs.read(inputs, teacher, self.features, model_type, counts_origins)
         if num_outputs is not None:
             output_type.check_labels(step.targets, num_outputs)
         if model_type.is_decoder:
             _check_images(step, model, teacher)
-        try:
+        with _explained_errors(teacher, model, step):
             joint_step, teacher_signals = self._run_teacher(teacher, step, num_items)
-        except (DistillError, RunError):
-            raise
-        except IndexError:  # an id outside the teacher's embeddings; this check names it
-            if step.teacher_inputs.get("input_ids") is not step.inputs.get("input_ids"):
-                for each in teachers_by_name(teacher).values():
-                    if isinstance(each.model, nn.Module):
-                        check_ids(each.model, step.teacher_inputs, "teacher")
-            raise
-        except (ValueError, RuntimeError) as error:  # of a model of transformers
-            if problem := other_size_problem(teacher, model, step.inputs, step.teacher_inputs):
-                raise DistillError(problem) from error
-            raise
-
-        inputs, targets, feature_tokens = step.inputs, step.targets, step.feature_tokens
-        for each in teachers_by_name(teacher).values():
-            if isinstance(each, MultiViewTeacher):
-                inputs, targets = each.transform_student_batch(inputs, targets, model.training)
-        if targets is not step.targets:
-            targets = replace(targets, **_row_values(step.targets))
-            feature_tokens = self.features.tokens(inputs, targets)
-
+        view = self._student_view(teacher, step, model.training)
         chunked_loss = loss_on_logits(
             teacher_signals.logits,
-            targets,
+            view.targets,
             self._logit_terms,
             statistics_every,
             self.chunk_tokens,
             num_items,
             output_type,
         )
-        feature_loss = FeatureLoss(self.features.terms, teacher_signals.features, feature_tokens, targets, num_items)
-
+        feature_loss = FeatureLoss(
+            self.features.terms, teacher_signals.features, view.feature_tokens, view.targets, num_items
+        )
         num_logits = num_outputs
 
         def before_loss(student_logits: LazyLogits | DenseLogits) -> Tensor | None:
             """Run a jointly trained teacher and check the logits; called in the student's forward, before the loss."""
             # A config can declare more classes than there are logits, and a module declares none.
             if num_outputs is None or student_logits.vocab_size < num_outputs:
-                output_type.check_labels(targets, student_logits.vocab_size)
+                output_type.check_labels(view.targets, student_logits.vocab_size)
             nonlocal num_logits
             num_logits, teacher_loss, signals = student_logits.vocab_size, None, teacher_signals
             if joint_step is not None:
@@ -195,11 +175,11 @@ class Distiller:
                 self.pre_loss_hook(chunked_loss, student_logits, signals, step.targets)
             return teacher_loss
 
-        student_requests = self.features.student_requests(feature_tokens)
+        student_inputs = without_foreign_inputs(model, view.inputs, teacher.input_names())
+        student_requests = self.features.student_requests(view.feature_tokens)
         with joint_step.context(student) if joint_step else nullcontext():
-            inputs = without_foreign_inputs(model, inputs, teacher.input_names())
             loss, outputs = forward_with_loss(
-                student, inputs, chunked_loss, feature_loss, student_requests, before_loss, keep_logits
+                student, student_inputs, chunked_loss, feature_loss, student_requests, before_loss, keep_logits
             )
         per_token = chunked_loss.per_token | feature_loss.per_token
         if joint_step:
@@ -229,6 +209,40 @@ class Distiller:
         if self.agree_on_failure is not None:
             self.agree_on_failure(failure)
         return joint_step, signals
+
+    def _student_view(self, teacher: Teacher, step: StepInputs, is_training: bool) -> StepInputs:
+        """Return the step with the view of the batch that a `MultiViewTeacher` gives the student, if there is one."""
+        inputs, targets = step.inputs, step.targets
+        for each in teachers_by_name(teacher).values():
+            if isinstance(each, MultiViewTeacher):
+                inputs, targets = each.transform_student_batch(inputs, targets, is_training)
+        if targets is step.targets:
+            return replace(step, inputs=inputs)
+        targets = replace(targets, **_row_values(step.targets))
+        return replace(step, inputs=inputs, targets=targets, feature_tokens=self.features.tokens(inputs, targets))
+
+
+@contextmanager
+def _explained_errors(teacher: Teacher, student: nn.Module, step: StepInputs) -> Iterator[None]:
+    """Replace errors of a teacher's model that come from the batch by errors that name the input.
+
+    Raises:
+        DistillError: an id is outside the teacher's embeddings, or images or audio have a size that it cannot read.
+    """
+    try:
+        yield
+    except (DistillError, RunError):
+        raise
+    except IndexError:
+        if step.teacher_inputs.get("input_ids") is not step.inputs.get("input_ids"):
+            for each in teachers_by_name(teacher).values():
+                if isinstance(each.model, nn.Module):
+                    check_ids(each.model, step.teacher_inputs, "teacher")
+        raise
+    except (ValueError, RuntimeError) as error:  # of a model of transformers
+        if problem := other_size_problem(teacher, student, step.inputs, step.teacher_inputs):
+            raise DistillError(problem) from error
+        raise
 
 
 def _row_values(targets: Targets) -> dict[str, Any]:

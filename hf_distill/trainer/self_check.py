@@ -18,7 +18,8 @@ from ..core.signals import Signals
 from ..core.targets import IGNORE_INDEX, Targets, target_labels
 from ..core.teacher_logits import MultiTeacherLogits, OneTeacherLogits, logits_by_teacher
 from ..errors import RunError
-from ..losses.fused import ChunkedLoss, LogitSource
+from ..losses.fused import ChunkedLoss
+from ..losses.logit_chunks import LogitSource
 from ..losses.objective import Term
 from ..losses.output_types import OutputType
 from ..losses.routed import GroupedLoss
