@@ -69,6 +69,10 @@ KINDS = {  # name of a packaged recipe, and overrides
     "on-policy": ("on-policy", ["control=null"]),
     "chain": ("progressive", []),
     "capture": ("cached", []),
+    **{name: (name, ["control=null"]) for name in ("cross-tokenizer", "privileged-context", "text-classification")},
+    "pruned": ("prune-width", ["control=null"]),
+    "trimmed": ("quickstart", ["student={from_teacher: {keep_layers: 2, vocab: {keep: used}}}", "control=null"]),
+    "quantized": ("quantized-student", ["control=null"]),
     "generate": ("sequence-level", _GENERATION),
     "generate and train": ("sequence-level", _GENERATION),
 }

@@ -132,12 +132,12 @@ def make_encode_fn(
         DistillError: an example is invalid, see `checks` and `Conversations.encode`.
     """
     if other_tokenizers:
-        own = None if second_prompt == TEACHER_PROMPT else second_prompt
-        read_own = make_encode_fn(kind, tokenizer, assistant_only, own, chat_template)
+        student_prompt = None if second_prompt == TEACHER_PROMPT else second_prompt
+        read_student = make_encode_fn(kind, tokenizer, assistant_only, student_prompt, chat_template)
         readers = [_teacher_reader(kind, each, second_prompt) for each in other_tokenizers]
 
         def read_all(example: dict) -> dict[str, list[int]]:
-            row = read_own(example)
+            row = read_student(example)
             for reader in readers:
                 row |= reader(example)
             return row

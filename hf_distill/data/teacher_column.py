@@ -31,12 +31,12 @@ def check_no_teacher_column(rows: Any, names: Sequence[str], where: str, remedy:
     if columns is not None and COLUMN not in columns:
         return
     if isinstance(rows, Dataset):
-        found: Iterable[Any] = rows.unique(COLUMN) if isinstance(rows.features[COLUMN], Value) else ()
+        present_names: Iterable[Any] = rows.unique(COLUMN) if isinstance(rows.features[COLUMN], Value) else ()
     elif isinstance(rows, IterableDataset | list):
-        found = [row.get(COLUMN) for row in islice(rows, PROBED_ROWS) if isinstance(row, Mapping)]
+        present_names = [row.get(COLUMN) for row in islice(rows, PROBED_ROWS) if isinstance(row, Mapping)]
     else:
         return
-    named = [name for name in names if name in found]
+    named = [name for name in names if name in present_names]
     if named:
         raise DistillError(
             f"{where} has the column `{COLUMN}` with the names of teachers ({', '.join(named)}), but each of these "

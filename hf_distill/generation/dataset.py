@@ -90,13 +90,13 @@ def replaced_columns(sources: Sequence[SourceRow], reasoning: str, added: Collec
         added: the columns that filters and the selection may add.
     """
     written = {*COLUMNS, *added} - (set[str]() if reasoning == "column" else {REASONING})
-    found = dict.fromkeys(
+    replaced = dict.fromkeys(
         name
         for source in sources
         for name in source.columns
         if name in written and (name != REFERENCE or source.reference is not None)
     )
-    return [*found]
+    return [*replaced]
 
 
 def make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -130,9 +130,9 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     matches = {name: blocks for name, blocks in lists.items() if len(blocks) == depth}
     if len(matches) > 1 and which is None and not inner.config.is_encoder_decoder and hasattr(inner, "get_decoder"):
         of_language_model = [*dict(_outermost_lists(inner.get_decoder())).values()]
-        matches = {name: found for name, found in matches.items() if any(found is one for one in of_language_model)}
+        matches = {name: stack for name, stack in matches.items() if any(stack is one for one in of_language_model)}
     if len(matches) > 1:  # such as the convolutions of a speech model, or the parametrizations of a weight
-        matches = {name: found for name, found in matches.items() if _has_attention(found[0])} or matches
+        matches = {name: stack for name, stack in matches.items() if _has_attention(stack[0])} or matches
     has_both = which is None and inner.config.is_encoder_decoder and len(lists) > 1
     if len(matches) != 1 or has_both:
         names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"

@@ -70,20 +70,20 @@ def without_compilation_around_head(model: nn.Module) -> tuple[nn.Module, bool]:
     Modules that `torch.compile(module)` wraps are replaced by the wrapped ones, and modules that are compiled in place
     are no longer. Blocks that are compiled in place stay so.
     """
-    found = False
+    was_compiled = False
     while (wrapped := getattr(model, "_orig_mod", None)) is not None:
-        model, found = wrapped, True
+        model, was_compiled = wrapped, True
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, OptimizedModule):
                 setattr(parent, name, child._orig_mod)
-                found = True
+                was_compiled = True
     modules = dict(model.named_modules())
     for name in compiled_around_head(model):
         modules[name]._compiled_call_impl = None
         modules[name].__dict__.pop("forward", None)
-        found = True
-    return model, found
+        was_compiled = True
+    return model, was_compiled
 
 
 def uncompiled_name(name: str) -> str:

@@ -53,8 +53,8 @@ def register_model_type(
     if known is not None and type(known.output_type).__qualname__ != type(output_type).__qualname__:
         problems.append(f"The model type {name!r} is registered already: choose another name")
     if not isinstance(output_type, OutputType):
-        given = output_type.__name__ if inspect.isclass(output_type) else repr(output_type)
-        problems.append(f"output_type is {given}: give an object of a class derived from hf_distill.OutputType")
+        description = output_type.__name__ if inspect.isclass(output_type) else repr(output_type)
+        problems.append(f"output_type is {description}: give an object of a class derived from hf_distill.OutputType")
     else:
         losses = [
             get_loss(getattr(output_type, field), f"{field} of {type(output_type).__name__}")

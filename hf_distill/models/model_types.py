@@ -314,11 +314,11 @@ def transformers_model_in(model: nn.Module) -> PreTrainedModel | None:
     model = unwrap_model(model)
     if isinstance(model, PreTrainedModel):
         return model
-    found, waiting = [], [model]
-    while waiting and len(found) < 2:
+    inner, waiting = [], [model]
+    while waiting and len(inner) < 2:
         for child in waiting.pop().children():
-            (found if isinstance(child, PreTrainedModel) else waiting).append(child)
-    return cast(PreTrainedModel, found[0]) if len(found) == 1 else None
+            (inner if isinstance(child, PreTrainedModel) else waiting).append(child)
+    return cast(PreTrainedModel, inner[0]) if len(inner) == 1 else None
 
 
 def is_zero3_partitioned(model: nn.Module) -> bool:
@@ -412,9 +412,9 @@ def _unknown_type(model: nn.Module) -> str:
         for path, part in model.named_children()
         if isinstance(part, PreTrainedModel) and (known := model_type_of_class(type(part))) not in (None, ENCODER)
     }
-    found = f" ({'; '.join(sorted(parts))})" if parts else ""
+    parts_text = f" ({'; '.join(sorted(parts))})" if parts else ""
     return (
-        f"{name} cannot be distilled without `model_type`: {what}{found}. Pass model_type= to the trainer, one of "
+        f"{name} cannot be distilled without `model_type`: {what}{parts_text}. Pass model_type= to the trainer, one of "
         f"{', '.join(TYPE_BY_NAME)}, or register another with hf_distill.register_model_type. Other teachers derive "
         "from hf_distill.Teacher."
     )

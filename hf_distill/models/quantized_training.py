@@ -101,10 +101,12 @@ def check_machine(scheme: QuantizationScheme) -> None:
         return
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if capability is None or capability < _BLACKWELL:
-        found = "no CUDA GPU" if capability is None else f"a GPU of compute capability {'.'.join(map(str, capability))}"
+        device = (
+            "no CUDA GPU" if capability is None else f"a GPU of compute capability {'.'.join(map(str, capability))}"
+        )
         raise DistillError(
             f"The scheme nvfp4 needs a GPU of compute capability 10.0 or above (Blackwell), and this machine has "
-            f"{found}. int8_weight_only, int4_weight_only and int8_dynamic_activation run on every machine."
+            f"{device}. int8_weight_only, int4_weight_only and int8_dynamic_activation run on every machine."
         )
 
 

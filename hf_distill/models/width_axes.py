@@ -67,8 +67,8 @@ class WidthStructure:
 
     def groups(self, kind: Kind) -> dict[str, str]:
         """Return the modules that own units of a kind, in the order of the model, each with its size's name."""
-        found = (axis for axes in self.axes.values() for axis in axes)
-        return {axis.group: axis.size for axis in found if axis is not None and axis.kind == kind}
+        all_axes = (axis for axes in self.axes.values() for axis in axes)
+        return {axis.group: axis.size for axis in all_axes if axis is not None and axis.kind == kind}
 
     @property
     def heads_per_group(self) -> int:

@@ -91,8 +91,8 @@ def probe_structure(model_class: type[PreTrainedModel], config: PretrainedConfig
             missing[size] = f"its config has no `{size}`"
             continue
         try:
-            found = _heads(probe) if size == "num_attention_heads" else _plain(probe, size, names[size])
-            _add(axes, _with_groups(probe, found, size))
+            runs_by_place = _heads(probe) if size == "num_attention_heads" else _plain(probe, size, names[size])
+            _add(axes, _with_groups(probe, runs_by_place, size))
             sizes[size] = getattr(probe.text, names[size])
         except DistillError as error:
             missing[size] = str(error)
@@ -136,7 +136,7 @@ def _plain(probe: _Probe, size: str, name_in_config: str) -> _Runs:
         DistillError: there are none, or one of them is made in another way.
     """
     value = getattr(probe.text, name_in_config)
-    found: _Runs = {}
+    runs_by_place: _Runs = {}
     for place, change in probe.changes(name_in_config).items():
         length = probe.shapes[place.name][place.dim]
         count = length // value
@@ -148,12 +148,12 @@ def _plain(probe: _Probe, size: str, name_in_config: str) -> _Runs:
             )
         module = probe.model.get_submodule(place.name.rpartition(".")[0])
         if count == 2 and getattr(module, "is_concatenated", True) is False:  # gate 0, up 0, gate 1, up 1, ...
-            found[place] = (Run(0, 2),)
+            runs_by_place[place] = (Run(0, 2),)
         else:  # a gate and what it multiplies may be in one weight, one after the other
-            found[place] = tuple(Run(i * value, 1) for i in range(count))
-    if not found:
+            runs_by_place[place] = tuple(Run(i * value, 1) for i in range(count))
+    if not runs_by_place:
         raise DistillError(f"none of its weights changes with `{size}`")
-    return found
+    return runs_by_place
 
 
 def _heads(probe: _Probe) -> _Runs:
@@ -166,7 +166,7 @@ def _heads(probe: _Probe) -> _Runs:
     heads, groups = probe.text.num_attention_heads, getattr(probe.text, "num_key_value_heads", None)
     if groups is not None:
         both = probe.changes("num_attention_heads", "num_key_value_heads")
-    found: _Runs = {}
+    runs_by_place: _Runs = {}
     for place, change in both.items():
         length, of_heads = probe.shapes[place.name][place.dim], by_heads.get(place, 0)
         per_head, per_group = of_heads // heads, (change - of_heads) // (groups or heads)
@@ -177,10 +177,10 @@ def _heads(probe: _Probe) -> _Runs:
                 f"dimension {place.dim} of {place.name} is {length} and grows by {change} when the numbers of heads "
                 "are doubled"
             )
-        found[place] = runs
-    if not found:
+        runs_by_place[place] = runs
+    if not runs_by_place:
         raise DistillError("none of its weights changes with `num_attention_heads`: its heads become narrower instead")
-    return found
+    return runs_by_place
 
 
 def _head_runs(per_head: int, per_group: int, of_heads: int, length: int, head_dim: int) -> tuple[Run, ...] | None:
@@ -195,7 +195,7 @@ def _head_runs(per_head: int, per_group: int, of_heads: int, length: int, head_d
     return (*queries, Run(of_heads, head_dim, True), Run((of_heads + length) // 2, head_dim, True))
 
 
-def _with_groups(probe: _Probe, found: _Runs, size: str) -> dict[_Place, Axis]:
+def _with_groups(probe: _Probe, runs_by_place: _Runs, size: str) -> dict[_Place, Axis]:
     """Return the axes of dimensions: which module owns their units.
 
     Raises:
@@ -204,7 +204,7 @@ def _with_groups(probe: _Probe, found: _Runs, size: str) -> dict[_Place, Axis]:
     kind = KIND_OF_SIZE[size]
     axes: dict[_Place, Axis] = {}
     places = defaultdict(list)
-    for place, runs in found.items():
+    for place, runs in runs_by_place.items():
         module, _, last = place.name.rpartition(".")
         # A linear layer, norm or router is a part of the module around it; other modules have weights themselves.
         group = module.rpartition(".")[0] if last in ("weight", "bias") or kind == "experts" else module
@@ -226,14 +226,14 @@ def reads_units(model: nn.Module, name: str, dim: int) -> bool:
     return rank > 1 and not isinstance(owner, nn.Embedding) and dim == rank - 1 - is_transposed
 
 
-def _add(axes: dict[str, list[Axis | None]], found: Mapping[_Place, Axis]) -> None:
+def _add(axes: dict[str, list[Axis | None]], new_axes: Mapping[_Place, Axis]) -> None:
     """Add the axes of a size.
 
     Raises:
         DistillError: a dimension changes with another size too.
     """
-    for place, axis in found.items():
+    for place, axis in new_axes.items():
         if (other := axes[place.name][place.dim]) is not None:
             raise DistillError(f"dimension {place.dim} of {place.name} changes with `{axis.size}` and `{other.size}`")
-    for place, axis in found.items():
+    for place, axis in new_axes.items():
         axes[place.name][place.dim] = axis

@@ -134,19 +134,19 @@ def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, 
             f"{name} of {type(teacher).__name__} cannot be pruned: {structure.missing[name]}. The sizes that can be: "
             f"{others or 'none'}."
         )
-    own = structure.sizes[name]
-    if not 0 < size <= own:
-        raise DistillError(f"{name} is {size}: give a number from 1 to {own}, the teacher's.")
+    teacher_size = structure.sizes[name]
+    if not 0 < size <= teacher_size:
+        raise DistillError(f"{name} is {size}: give a number from 1 to {teacher_size}, the teacher's.")
     if name == "num_attention_heads":
         group = structure.heads_per_group
         if size % group:
             raise DistillError(
-                f"num_attention_heads is {size}: the teacher's {own} heads are in groups of {group} with one key and "
-                f"value head, and groups are kept whole. Give a multiple of {group}, up to {own}."
+                f"num_attention_heads is {size}: the teacher's {teacher_size} heads are in groups of {group} with one "
+                f"key and value head, and groups are kept whole. Give a multiple of {group}, up to {teacher_size}."
             )
     if _has_expert_tensors(structure) and KIND_OF_SIZE[name] in ("channels", "neurons"):
         multiple = 16 // teacher.dtype.itemsize
-        if size % multiple and own % multiple == 0:
+        if size % multiple and teacher_size % multiple == 0:
             raise DistillError(
                 f"{name} is {size}: the experts are multiplied in groups, for which rows of weights must be multiples "
                 f"of 16 bytes. Give a multiple of {multiple}."
@@ -154,8 +154,10 @@ def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, 
     if name == "num_experts":
         chosen = getattr(teacher.config.get_text_config(), "num_experts_per_tok", None) or 1
         if size < chosen:
-            raise DistillError(f"num_experts is {size}, and each token needs {chosen} experts: give {chosen} to {own}.")
-    return size < own
+            raise DistillError(
+                f"num_experts is {size}, and each token needs {chosen} experts: give {chosen} to {teacher_size}."
+            )
+    return size < teacher_size
 
 
 def _has_expert_tensors(structure: WidthStructure) -> bool:
@@ -240,10 +242,10 @@ def _narrow_config(config: PretrainedConfig, structure: WidthStructure, sizes: M
     try:
         type(config).from_dict(config.to_dict())
     except Exception as error:
-        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        requested = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise DistillError(
-            f"{type(config).__name__} does not allow these sizes ({given}), so that the student could not be loaded: "
-            f"{str(error).splitlines()[-1].strip()}"
+            f"{type(config).__name__} does not allow these sizes ({requested}), so that the student could not be "
+            f"loaded: {str(error).splitlines()[-1].strip()}"
         ) from error
     return config
 

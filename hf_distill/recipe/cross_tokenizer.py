@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 def cross_tokenizer_problems(recipe: "Recipe") -> list[str]:
     """Describe what does not fit `distill.cross_tokenizer`, or needs it; empty if everything fits."""
     problems = [problem for loss in recipe.losses for problem in tokenizer_problems(loss, recipe.is_cross_tokenizer)]
-    own = {"teacher": recipe.teacher} if recipe.teacher else {f"teachers.{spec.name}": spec for spec in recipe.teachers}
-    for location, spec in own.items():
+    teachers = (
+        {"teacher": recipe.teacher} if recipe.teacher else {f"teachers.{spec.name}": spec for spec in recipe.teachers}
+    )
+    for location, spec in teachers.items():
         problems += _of_teacher(recipe, location, spec.effective)
     if any("cross_tokenizer" in stage.distill for stage in recipe.stages):
         problems.append(f"stages: {_NO_STAGES}")

@@ -58,9 +58,9 @@ class TaskKeys:
             columns: `data.columns`.
             present: names of the columns of the data set.
         """
-        given = columns or {}
-        return {role: given.get(role, role) for role in self.columns} | {
-            role: given.get(role, role) for role in self.optional if role in given or role in present
+        declared = columns or {}
+        return {role: declared.get(role, role) for role in self.columns} | {
+            role: declared.get(role, role) for role in self.optional if role in declared or role in present
         }
 
     def _column_problems(self, recipe: "Recipe") -> Iterator[str]:

@@ -55,8 +55,8 @@ def _summary(name: str, evaluation: Evaluation) -> str:
     )
     if not evaluation.filters:
         return f"{text}; there were no filters."
-    given = evaluation.filters[0]["given"]
-    return f"{text}: {kept['rows'] / max(given, 1):.1%} of {given:,} completions passed the filters."
+    completions = evaluation.filters[0]["given"]
+    return f"{text}: {kept['rows'] / max(completions, 1):.1%} of {completions:,} completions passed the filters."
 
 
 def _filters(name: str, evaluation: Evaluation) -> Table:

@@ -60,5 +60,5 @@ def record_generated_data(recipe: Recipe, folder: Path) -> None:
         if source.generate or reference_kind(source.path) == "path"
     }
     evaluations = {name: read_facts(Path(path)).get("evaluation") for name, path in folders.items()}
-    if found := {name: evaluation for name, evaluation in evaluations.items() if evaluation}:
-        write_json(folder / GENERATED_DATA, found)
+    if recorded := {name: evaluation for name, evaluation in evaluations.items() if evaluation}:
+        write_json(folder / GENERATED_DATA, recorded)

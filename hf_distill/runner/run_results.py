@@ -102,12 +102,12 @@ def open_run(folder: str | Path) -> Run:
 
 def _with_moved_data(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe of a run with the generated data in its folder, if the folder was moved after the run."""
-    found = folder / run_files.GENERATED
+    moved_data = folder / run_files.GENERATED
     if (
         recipe.data.generated
-        and found.is_dir()
+        and moved_data.is_dir()
         and not any(Path(recipe.generated_folder(name)).is_dir() for name in recipe.data.generated)
     ):
         options = recipe.generate or Generation.model_validate({})
-        return recipe.model_copy(update={"generate": options.model_copy(update={"output_dir": str(found)})})
+        return recipe.model_copy(update={"generate": options.model_copy(update={"output_dir": str(moved_data)})})
     return recipe

@@ -90,7 +90,9 @@ def _own_tokenizer(
     config = load_pretrained(AutoConfig, model, revision=revision)
     if getattr(config.get_text_config(), "vocab_size", len(tokenizer)) >= len(tokenizer):
         return None
-    own = load_pretrained(AutoTokenizer, model, revision=revision)
-    if not is_trimmed(own, tokenizer) or (kept_ids := kept_ids_of(own, tokenizer)) == [*range(len(own))]:
+    stored_tokenizer = load_pretrained(AutoTokenizer, model, revision=revision)
+    if not is_trimmed(stored_tokenizer, tokenizer) or (kept_ids := kept_ids_of(stored_tokenizer, tokenizer)) == [
+        *range(len(stored_tokenizer))
+    ]:
         return None  # a vocabulary that lacks the last tokens is one of the same ids
-    return own, kept_ids
+    return stored_tokenizer, kept_ids

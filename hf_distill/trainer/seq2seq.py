@@ -75,9 +75,9 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
         **kwargs: Any,
     ):
         if args is None or (isinstance(args, DistillArguments) and not isinstance(args, Seq2SeqTrainingArguments)):
-            given = "None" if args is None else f"a {type(args).__name__}"
+            description = "None" if args is None else f"a {type(args).__name__}"
             raise DistillError(
-                f"args is {given}, which lacks the fields of Seq2SeqTrainingArguments: use DistillSeq2SeqConfig."
+                f"args is {description}, which lacks the fields of Seq2SeqTrainingArguments: use DistillSeq2SeqConfig."
             )
         super().__init__(model, args, *positional, **kwargs)
 

@@ -46,9 +46,44 @@ VALUES = [
     *("{name: skew_kl, lam: 1}", "{name: forward_kl, temperature: 0}", "{name: 5}", "{name: [js]}", "{name: null}"),
     *("{name: cross_entropy}", "{name: hidden_mse, layers: [[0, true]]}", "[{name: hidden_mse, stack: x}]", "[{}]"),
     *("{model: x, kind: ema}", "{kind: cached, path: x}", "{path: x, weight: [[0, 1], [1, true]]}", "{path: [x]}"),
+    *("{keep: used}", "{keep: 0}", "{keep: [used]}", "{target_parameters: 80M}", "{target_parameters: -1K}", "{by: x}"),
+    *(
+        "{scheme: int4_weight_only, group_size: 0}",
+        "{scheme: x}",
+        "{scheme: nvfp4, group_size: .nan}",
+        "{generate: true}",
+    ),
+    *(
+        "{hidden_size: 1, keep_layers: .inf}",
+        "{teacher: {loss: sft}}",
+        "{column: score, temperature: 0}",
+        "[{name: x}]",
+    ),
+    *(
+        "{samples: 0, filters: [length]}",
+        "{backend: vllm, cache: top_k}",
+        "{url: 'http://[::1', model: 5}",
+        "full_precision",
+    ),
     *("[{student: {model: x}}]", "[{student: {model: x}, train: {lerning_rate: 1}}]", "{zero_optimization: []}"),
 ]
-KEYS = ["model", "path", "train", "losses", "seed", "layers", "stages", "teachers", "extends", "requires", "on_policy"]
+KEYS = [
+    "model",
+    "path",
+    "train",
+    "losses",
+    "seed",
+    "layers",
+    "stages",
+    "teachers",
+    "extends",
+    "requires",
+    "on_policy",
+    "from_teacher",
+    "quantize",
+    "vocab",
+]
+KEYS += ["generate", "by_origin", "loss_weight", "cross_tokenizer", "control", "url"]
 ODD_KEYS = [
     "1",
     "null",

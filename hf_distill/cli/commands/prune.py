@@ -79,8 +79,8 @@ def prune(
         model = prune_recipe(loaded, output, progress.log_stage, None if search is None else search_values(search))
     if as_json:
         values = {"folder": str(model.folder), "metrics": model.metrics, "student": model.student}
-        found = {} if search is None else {"search": search_values(search)}
-        sys.stdout.write(json.dumps({**values, "teacher": model.teacher, **found}, indent=2) + "\n")
+        search_results = {} if search is None else {"search": search_values(search)}
+        sys.stdout.write(json.dumps({**values, "teacher": model.teacher, **search_results}, indent=2) + "\n")
         return
     if search is not None:
         out.print(_search_table(search))

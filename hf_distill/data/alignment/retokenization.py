@@ -212,14 +212,14 @@ class Retokenizer:
             after_special: [N_s] whether a token is the first of its document, or the token before it is special.
         """
         table, skip = self.student.table, np.zeros(len(rows), np.int64)
-        found = np.flatnonzero(can_start & table.begins_with_space(rows))
-        if len(found) and not self.student.rules.prefix_is_forced:
+        spaces = np.flatnonzero(can_start & table.begins_with_space(rows))
+        if len(spaces) and not self.student.rules.prefix_is_forced:
             next_rows, continues = np.append(rows[1:], table.size), np.append(~after_special[1:], False)
             next_starts_word = continues & ~table.is_special[next_rows] & ~table.begins_with_space(next_rows)
-            is_alone = table.lengths[rows[found]] == 1
-            second = table.data[table.starts[rows[found]] + np.where(is_alone, 0, 1)]
-            found = found[np.where(is_alone, next_starts_word[found], second != ord(" "))]
-        skip[found] = 1
+            is_alone = table.lengths[rows[spaces]] == 1
+            second = table.data[table.starts[rows[spaces]] + np.where(is_alone, 0, 1)]
+            spaces = spaces[np.where(is_alone, next_starts_word[spaces], second != ord(" "))]
+        skip[spaces] = 1
         return skip
 
     def _cut(self, layout: _Layout, starts: np.ndarray, student: TokenSpans, indices: np.ndarray) -> _Pieces:

@@ -274,11 +274,11 @@ class TransformersBackend:
         rows = [self._until_stop(*row) for row in zip(new, log_probs or [[]] * len(new), strict=True)]
         if recorder is None or of_steps is None:
             return rows
-        found = list[_Generated]()
+        completions = list[_Generated]()
         for index, ids, count, each in zip(indices, new, of_steps.counts.tolist(), rows, strict=True):
             signals = recorder.signals(index, self._until_end(ids[:count], self._max_steps), count)
-            found.append(replace(each, signals=signals))
-        return found
+            completions.append(replace(each, signals=signals))
+        return completions
 
     def _until_end(self, ids: Sequence[int], limit: int | None = None) -> list[int]:
         """Return ids without what follows the end-of-text token or `limit` tokens; None: `max_new_tokens`."""
@@ -369,5 +369,5 @@ class _LogProbRecorder(LogitsProcessor):
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids that end a completion: those of the model's generation config and that of the tokenizer."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    found = {ids} if isinstance(ids, int) else {*(ids or ())}
-    return {int(each) for each in {*found, tokenizer.eos_token_id} if each is not None}
+    model_ids = {ids} if isinstance(ids, int) else {*(ids or ())}
+    return {int(each) for each in {*model_ids, tokenizer.eos_token_id} if each is not None}

@@ -50,8 +50,8 @@ class ColumnTask(Task):
 
     def _load(self, name: str, source: Any) -> Dataset:
         documents = load_columns(source.path, source.split, source.name)
-        given = self.recipe.data.columns
-        names = TASKS[self.name].column_names(given, documents.column_names)
+        declared = self.recipe.data.columns
+        names = TASKS[self.name].column_names(declared, documents.column_names)
         check_columns(names, documents.column_names, self.where(name))
         documents = documents.select_columns(list(dict.fromkeys(names.values())))
         return documents.rename_columns({old: role for role, old in names.items() if old != role})

@@ -30,9 +30,9 @@ class TextGeneration(Task):
         trimmed = trimmed_tokenizer(self.recipe, processor, seed, count)
         if trimmed is None:
             return processor
-        own, kept_ids = trimmed
+        tokenizer, kept_ids = trimmed
         self.trimming = Trimming(processor, kept_ids)
-        return own
+        return tokenizer
 
     def load_processor(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
