@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from forking import fork_context
 
 # Functions of a run at which it can be killed, and whether they write a file that can be truncated.
@@ -239,12 +240,24 @@ def run_outputs(folder: Path, kind: str) -> dict[str, Any]:
     outputs: dict[str, Any] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         if "checkpoint-" not in str(path):
-            outputs[str(path.relative_to(folder))] = path.read_bytes()
+            outputs[str(path.relative_to(folder))] = _tensors(path)
     results = json.loads((folder / "results.json").read_text())
     outputs["status"], outputs["models"] = results["status"], [_without_timings(m) for m in results["models"].values()]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     outputs["logs"] = [_without_timings(line) for line in lines if "loss" in line or "eval_loss" in line]
     return outputs
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """Return what a safetensors file holds; the order of its metadata is not the same in every process."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+        contents = {
+            name: (t.dtype, t.shape, t.view(-1).view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()
+        }
+        return {"metadata": file.metadata(), "tensors": contents}
 
 
 def _without_timings(values: dict[str, Any]) -> dict[str, Any]:

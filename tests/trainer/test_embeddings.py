@@ -56,8 +56,8 @@ def gradients(model):
 def assert_same_gradients(model, expected):
     actual = gradients(model)
     assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    for name, gradient in expected.items():  # gradients are of the order of 1, and float32 rounds at 1e-7
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def distiller_for(student, teacher, **arguments):
