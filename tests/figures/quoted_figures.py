@@ -130,7 +130,7 @@ _UNIT = (
     r"nats?|bits per byte|[kM]bit/s|points)"
 )
 _WITH_UNIT = re.compile(rf"({_NUMBER})\s+{_UNIT}(?![\w/])|({_NUMBER})(?:%|x)(?!\w)")
-_CODE = re.compile(r"^```.*?^```|^(?: {4}|\t)\S.*?$|`[^`\n]*`|\]\([^)]*\)|\b\d{4}\.\d{5}\b", re.M | re.S)
+_CODE = re.compile(r"^```.*?^```|^(?: {4}|\t)\S.*?$|`[^`\n]*`|\]\([^)]*\)|\b\d{4}\.\d{4,5}\b", re.M | re.S)
 _SOFTWARE = (
     r"TRL(?:'s chunked loss)?|torch|PyTorch|transformers|Python|vLLM|SGLang|Liger|Triton|CUDA|version|Llama|Gemma|Qwen|"
     r"bitsandbytes|torchao|datasets|accelerate|DeepSpeed|peft|GPT|lm-eval"
