@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import lcm
 
 from transformers import PretrainedConfig
@@ -32,7 +33,7 @@ class ShapeCandidate:
     rungs: list[Rung] = field(default_factory=list)
 
 
-def shape_candidates(teacher: PretrainedConfig, budget: int) -> list[ShapeCandidate]:
+def shape_candidates(teacher: PretrainedConfig, budget: int, divisor: int = 1) -> list[ShapeCandidate]:
     """Return shapes with at most a number of parameters, as many as possible of each kind.
 
     depth:            fewer layers
@@ -46,6 +47,7 @@ def shape_candidates(teacher: PretrainedConfig, budget: int) -> list[ShapeCandid
     Args:
         teacher: the config of the teacher.
         budget: number of parameters.
+        divisor: what the widths of all linear layers must be a multiple of; see `QuantizationScheme`.
 
     Raises:
         DistillError: the teacher is not larger, or no shape is so small.
@@ -55,7 +57,7 @@ def shape_candidates(teacher: PretrainedConfig, budget: int) -> list[ShapeCandid
         raise DistillError(
             f"target_parameters is {budget:,}, and the teacher has {full:,} parameters: give a smaller number."
         )
-    maker = _ShapeMaker(teacher)
+    maker = _ShapeMaker(teacher, divisor)
     candidates: list[ShapeCandidate] = []
     for name, make in maker.kinds(full, budget).items():
         try:
@@ -75,27 +77,30 @@ def shape_candidates(teacher: PretrainedConfig, budget: int) -> list[ShapeCandid
 class _ShapeMaker:
     """Finds the largest shapes of one teacher within a number of parameters."""
 
-    def __init__(self, teacher: PretrainedConfig):
-        self.teacher, self.text = teacher, teacher.get_text_config()
-        groups = getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
-        self.heads_per_group = self.text.num_attention_heads // groups
+    def __init__(self, teacher: PretrainedConfig, divisor: int):
+        self.teacher, self.text, self.divisor = teacher, teacher.get_text_config(), divisor
+        heads = self.text.num_attention_heads
+        heads_per_group = heads // (getattr(self.text, "num_key_value_heads", None) or heads)
+        head_dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // heads
+        self.head_step = lcm(heads_per_group * head_dim, divisor) // head_dim
         self._counts: dict[tuple, int] = {}
 
     def kinds(self, full: int, budget: int) -> dict[str, Callable[[int], Sizes | None]]:
         """Return the kinds of shapes; each returns its largest sizes within a budget, None if there are none."""
         neurons = "moe_intermediate_size" if getattr(self.text, "moe_intermediate_size", None) else "intermediate_size"
         widths = ("hidden_size", neurons)
-        kinds: dict[str, Callable[[int], Sizes | None]] = {
-            "depth": self._depth,
-            "mlp": lambda b: self._scaled((neurons,), b, {}),
-            "width": lambda b: self._scaled(widths, b, {}),
-            "width-heads": lambda b: self._scaled((*widths, "num_attention_heads"), b, {}),
+        scaled: dict[str, tuple[tuple[str, ...], Sizes]] = {
+            "mlp": ((neurons,), {}),
+            "width": (widths, {}),
+            "width-heads": ((*widths, "num_attention_heads"), {}),
+            "experts": (("num_experts",), {}),
         }
-        if getattr(self.text, "num_experts", None):
-            kinds["experts"] = lambda b: self._scaled(("num_experts",), b, {})
         if (shallower := self._depth((full + budget) // 2)) is not None:
-            kinds["depth-mlp"] = lambda b: self._scaled((neurons,), b, shallower)
-            kinds["depth-width"] = lambda b: self._scaled(widths, b, shallower)
+            scaled |= {"depth-mlp": ((neurons,), shallower), "depth-width": (widths, shallower)}
+        kinds: dict[str, Callable[[int], Sizes | None]] = {"depth": self._depth}
+        for kind, (names, fixed) in scaled.items():
+            if all(getattr(self.text, name, None) for name in names):
+                kinds[kind] = partial(self._scaled, names, fixed)
         return kinds
 
     def count(self, sizes: Sizes) -> int:
@@ -115,14 +120,14 @@ class _ShapeMaker:
 
         return self._largest(shape, 1, self.text.num_hidden_layers - 1, budget)
 
-    def _scaled(self, names: tuple[str, ...], budget: int, fixed: Sizes) -> Sizes | None:
+    def _scaled(self, names: tuple[str, ...], fixed: Sizes, budget: int) -> Sizes | None:
         """Scale sizes by the largest common factor that fits, then add neurons as long as there is room."""
 
         def shape(scale: int) -> Sizes:
             sizes = fixed | {name: self._rounded(self._step(name), name, scale) for name in names}
             if "hidden_size" in sizes:  # some configs allow multiples of the number of heads only
                 heads = sizes.get("num_attention_heads", self.text.num_attention_heads)
-                sizes["hidden_size"] = self._rounded(lcm(heads, 8), "hidden_size", scale)
+                sizes["hidden_size"] = self._rounded(lcm(heads, 8, self.divisor), "hidden_size", scale)
             return sizes
 
         sizes = self._largest(shape, int(_SMALLEST_SHARE * _SCALES), _SCALES, budget)
@@ -152,13 +157,17 @@ class _ShapeMaker:
 
     def _rounded(self, step: int, name: str, scale: int) -> int:
         """Return a share of a size of the teacher, as a multiple of a step."""
-        return max(round(getattr(self.text, name) * scale / _SCALES / step) * step, step)
+        size = getattr(self.text, name)
+        least = (getattr(self.text, "num_experts_per_tok", None) or 1) if name == "num_experts" else step
+        return max(min(round(size * scale / _SCALES / step), size // step) * step, least)
 
     def _step(self, name: str) -> int:
         """Return what a size is a multiple of: of 8 to 64 for channels and neurons, so that products are fast."""
         if name == "num_attention_heads":
-            return self.heads_per_group
+            return self.head_step
         if name == "num_experts":
             return 1
         size = getattr(self.text, name)
-        return next(step for least, step in ((4096, 64), (1024, 32), (256, 16), (0, 8)) if size >= least)
+        return lcm(
+            self.divisor, next(step for least, step in ((4096, 64), (1024, 32), (256, 16), (0, 8)) if size >= least)
+        )

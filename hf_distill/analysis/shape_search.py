@@ -74,7 +74,9 @@ def find_shape(
     assert cut.parameter_budget is not None
     spec = recipe.primary_teacher
     teacher = model_config(spec.loaded_model or recipe.tokenizer_model, spec.revision)
-    grid = shape_candidates(teacher, cut.parameter_budget)
+    quantize = recipe.student.quantize
+    divisor = quantize.resolved.required_divisor if quantize else 1
+    grid = shape_candidates(teacher, cut.parameter_budget, divisor)
     # The last rung is left out: it has one candidate, the winner.
     plan = [(len(grid), 0), *rungs(len(grid), steps, eta, "--steps")[:-1]]
     search_folder, args = Path(folder), arguments(recipe)

@@ -82,7 +82,7 @@ def rungs(candidates: int, steps: int, eta: int = 2, setting: str = "train.max_s
     if steps < 2 * eta**count:
         raise DistillError(
             f"{steps} steps are too few for {candidates} candidates: the first of {count + 1} rungs would have "
-            f"{steps / eta**count:.1f}. Set {setting} to {2 * eta**count} or more, or give fewer candidates."
+            f"{steps / eta**count:.1f}. Set {setting} to {2 * eta**count} or more."
         )
     sizes = [candidates, *(eta**i for i in reversed(range(count)))]
     return [(size, round(steps / eta ** (count - i))) for i, size in enumerate(sizes)]

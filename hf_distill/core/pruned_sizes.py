@@ -19,7 +19,8 @@ def shape_text(sizes: Mapping[str, int | None]) -> str:
     Args:
         sizes: name of a size in the config, or "layers" -> its value; None leaves it out.
     """
-    return ", ".join(text.format(sizes[name]) for name, text in _WORDS.items() if sizes.get(name) is not None)
+    given = ((text, size) for name, text in _WORDS.items() if (size := sizes.get(name)) is not None)
+    return ", ".join(text.format(size).removesuffix("s" if size == 1 else "") for text, size in given)
 
 
 def millions(parameters: int | None) -> str:

@@ -240,15 +240,31 @@ def find_cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] 
     cuts = []
     for stack, indices in chosen.items():
         name, blocks = find_blocks(model) if stack is None else _blocks_of_stack(model, stack)
-        keep, depth = sorted(indices), len(blocks)
-        if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
-            argument = "layers" if stack is None else f"{stack}_layers"
-            raise DistillError(
-                f"{argument} is {list(indices)}: give each block to keep once, from 0 to {depth - 1} (the "
-                f"{stack or 'teacher'} has {depth})."
-            )
+        depth = len(blocks)
+        keep = check_kept_blocks(indices, depth, stack)
         cuts.append(BlockCut(stack, name, keep, depth))
     return cuts
+
+
+def check_kept_blocks(indices: Sequence[int], depth: int, stack: str | None = None) -> list[int]:
+    """Return the indices of the blocks to keep, ascending.
+
+    Args:
+        indices: Indices of the blocks.
+        depth: Number of blocks of the teacher, or of the stack.
+        stack: "encoder" or "decoder" of a model that has both, else None.
+
+    Raises:
+        DistillError: There is no index, or one does not exist or is repeated.
+    """
+    keep = sorted(indices)
+    if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
+        argument = "layers" if stack is None else f"{stack}_layers"
+        raise DistillError(
+            f"{argument} is {list(indices)}: give each block to keep once, from 0 to {depth - 1} (the "
+            f"{stack or 'teacher'} has {depth})."
+        )
+    return keep
 
 
 def _blocks_of_stack(model: PreTrainedModel, stack: str) -> tuple[str, nn.ModuleList]:

@@ -187,7 +187,7 @@ def _check_widths(scheme: QuantizationScheme, widths: dict[str, int]) -> None:
     possible = f"Sizes that divide all of them: {', '.join(map(str, sizes))}." if sizes else ""
     advice = possible if scheme.name != "nvfp4" else "Use another scheme."
     listed = ", ".join(f"{name} ({width})" for name, width in [*broken.items()][:3])
-    others = f" and {len(broken) - 3} others" if len(broken) > 3 else ""
+    others = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
     raise DistillError(
         f"{scheme.name} has groups of {size} weights, which do not divide the width (in_features) of {listed}{others}. "
         f"{advice}".rstrip()

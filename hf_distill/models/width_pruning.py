@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import DistillError
+from ..errors import DistillError, collect_errors
 from .blocks import find_blocks
 from .importance import Importance
 from .pruned_shape import KeptUnits, PrunedShape
@@ -52,7 +52,7 @@ def pruned_config(teacher: PreTrainedModel, shape: PrunedShape) -> PretrainedCon
         DistillError: see `prune_student`.
     """
     structure = find_width_structure(check_prunable(teacher))
-    sizes = {name: size for name, size in shape.widths().items() if _check_size(teacher, structure, name, size)}
+    sizes = _smaller_widths(teacher, structure, shape)
     config = teacher.config
     for cut in find_cuts(teacher, {None: shape.layers}) if shape.layers is not None else []:
         config = prune_config(config, cut.keep, cut.depth)
@@ -68,7 +68,7 @@ def select_units(teacher: PreTrainedModel, shape: PrunedShape, importance: Impor
     structure = importance.structure
     if find_width_structure(teacher) != structure:
         raise DistillError("The importance was measured on another model than this teacher: measure it on the teacher.")
-    widths = {name: size for name, size in shape.widths().items() if _check_size(teacher, structure, name, size)}
+    widths = _smaller_widths(teacher, structure, shape)
     layers = None
     if shape.layers is not None:
         (cut,) = find_cuts(teacher, {None: shape.layers})
@@ -122,6 +122,23 @@ def keep_units(teacher: nn.Module, kept: KeptUnits) -> PreTrainedModel:
     return student
 
 
+def _smaller_widths(teacher: PreTrainedModel, structure: WidthStructure, shape: PrunedShape) -> dict[str, int]:
+    """Return the sizes of a shape that are smaller than the teacher's.
+
+    Raises:
+        DistillError: sizes are not possible. The message has all of them.
+    """
+    smaller: dict[str, int] = {}
+    problems: list[str] = []
+    for name, size in shape.widths().items():
+        with collect_errors(problems):
+            if _check_size(teacher, structure, name, size):
+                smaller[name] = size
+    if problems:
+        raise DistillError(" ".join(problems))
+    return smaller
+
+
 def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, size: int) -> bool:
     """Check a size of a student; return whether it is smaller than the teacher's.
 
@@ -131,8 +148,12 @@ def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, 
     if name not in structure.sizes:
         others = ", ".join(f"{key} ({structure.sizes[key]})" for key in KIND_OF_SIZE if key in structure.sizes)
         raise DistillError(
-            f"{name} of {type(teacher).__name__} cannot be pruned: {structure.missing[name]}. The sizes that can be: "
-            f"{others or 'none'}."
+            f"{name} of {type(teacher).__name__} cannot be pruned: {structure.missing[name]}. "
+            + (
+                f"The sizes that can be: {others}."
+                if others
+                else "Only layers of this model can be removed (keep_layers)."
+            )
         )
     teacher_size = structure.sizes[name]
     if not 0 < size <= teacher_size:

@@ -4,7 +4,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from ..errors import DistillError
 from ..models.pruned_shape import PrunedShape
-from ..models.pruning import prune_config
+from ..models.pruning import check_kept_blocks, prune_config, top_layers
 from ..models.vocabulary import TokenizerContent, most_frequent_ids
 from ..models.width_pruning import pruned_config
 from ..recipe.from_teacher import FromTeacher
@@ -33,11 +33,9 @@ def student_config(cut: FromTeacher, teacher: PretrainedConfig, vocab_size: int 
             "known: `hf-distill prune` searches them; set the sizes that it prints."
         )
     depth = teacher.get_text_config().num_hidden_layers
-    layers = tuple(cut.layers if cut.layers else range(cut.keep_layers or depth))
-    if max(layers) >= depth:
-        raise DistillError(
-            f"student.from_teacher keeps block {max(layers)}, but the teacher has {depth} blocks, numbered from 0."
-        )
+    layers = tuple(
+        check_kept_blocks(cut.layers, depth) if cut.layers else top_layers([0.0] * depth, cut.keep_layers or depth)
+    )
     if cut.prunes_width:
         student = pruned_config(meta_model(teacher), PrunedShape(layers=layers, **cut.widths()))
     else:

@@ -15,7 +15,7 @@ from .hub_policy import policy_violations, with_placeholder_urls
 from .local_files import missing_files
 from .losses import Distill
 from .plain_yaml import Location, impossible_values, replace_impossible, short
-from .problems import dotted_key, error_lines, raise_problems, remove_unknown_keys, remove_wrong_values
+from .problems import dotted_key, problem_lines, raise_problems, remove_unknown_keys, remove_wrong_values
 from .resolve import RecipeSource, find_recipe, list_recipes, on_the_hub, packaged_text
 from .safe_yaml import read_yaml
 from .schema import Recipe, Train
@@ -165,7 +165,7 @@ def _validate_fields(values: JSONObject, reported_locations: set[Location]) -> t
             recipe = Recipe.model_validate(values)
         except ValidationError as error:
             items = error.errors()
-            new = [line for item in items if item["loc"] not in reported_locations for line in error_lines(item)]
+            new = problem_lines([item for item in items if item["loc"] not in reported_locations])
             lines += [line for line in new if line not in lines]
             left = remove_unknown_keys(values, items)
     return recipe, lines + (_hidden_contradictions(values, lines) if recipe is None else [])
@@ -184,7 +184,7 @@ def _hidden_contradictions(values: JSONObject, reported_problems: list[str]) -> 
             break
         except ValidationError as error:
             items = error.errors()
-        new = [line for item in items if item["type"] == "value_error" for line in error_lines(item)]
+        new = problem_lines([item for item in items if item["type"] == "value_error"])
         lines += [
             line for line in new if line not in reported_problems + lines and not any(name in line for name in names)
         ]
@@ -207,7 +207,7 @@ def _stage_problems(values: JSONObject) -> list[str]:
                 kind.model_validate(needed | section)
             except ValidationError as error:
                 items = error.errors()
-                source = [line for item in items for line in error_lines(item | {"loc": (part, *item["loc"])})]
+                source = problem_lines([item | {"loc": (part, *item["loc"])} for item in items])
                 lines += [f"stages.{number}.{line}" for line in source]
     return lines
 

@@ -1,5 +1,6 @@
 """Turns validation errors of a recipe into one readable line each: the dotted key and what is wrong."""
 
+import re
 from collections.abc import Sequence
 
 from pydantic_core import ErrorDetails
@@ -10,6 +11,8 @@ from .losses import JSONSchema, packaged_schema
 from .plain_yaml import Location, printable, short, short_text
 
 _MAX_CHARACTERS = 800  # characters of a problem that are shown
+# Names of types that pydantic inserts into the location of a value for which several types are allowed
+_TYPE_NAME = re.compile(r"(constrained-)?(int|float|str|bool)|(literal|list|dict|tuple|nullable|function-\w+)\[.*\]")
 
 
 class Problems(ValueError):
@@ -32,12 +35,58 @@ def dotted_key(location: Location) -> str:
     return printable(".".join(map(short_text, location))) or "recipe"
 
 
-def error_lines(item: ErrorDetails) -> list[str]:
+def problem_lines(errors: Sequence[ErrorDetails]) -> list[str]:
+    """Return the lines that describe the errors of a validation.
+
+    pydantic reports a value for which several types are allowed (`int | str`) once for each of them. It gets one line,
+    or only the lines about what is inside the value if it has one of these types.
+    """
+    locations = [_without_types(item["loc"]) for item in errors]
+    unions = [_union_of(item["loc"]) for item in errors]
+    entered = {union for union, location in zip(unions, locations, strict=True) if union not in (None, location)}
+    lines: list[str] = []
+    for i, (item, location, union) in enumerate(zip(errors, locations, unions, strict=True)):
+        if union is None or union != location:
+            lines += _error_lines(item | {"loc": location})
+        elif union not in entered and unions.index(union) == i:
+            items = [other for other, same in zip(errors, unions, strict=True) if same == union]
+            lines += _union_lines(location, items)
+    return lines
+
+
+def _without_types(location: Location) -> Location:
+    """Return a location without the names of types that pydantic inserts."""
+    return tuple(part for part in location if not _is_type_name(part))
+
+
+def _union_of(location: Location) -> Location | None:
+    """Return the location of the innermost value around a location for which several types are allowed; None: none."""
+    last = max((i for i, part in enumerate(location) if _is_type_name(part)), default=None)
+    return None if last is None else _without_types(location[:last])
+
+
+def _is_type_name(part: int | str) -> bool:
+    return isinstance(part, str) and _TYPE_NAME.fullmatch(part) is not None
+
+
+def _union_lines(location: Location, errors: Sequence[ErrorDetails]) -> list[str]:
+    """Return the line about a value that has none of the types that are allowed for it."""
+    if any(item["loc"][-1] == "float" for item in errors):  # it includes the integers
+        errors = [item for item in errors if item["loc"][-1] != "int"]
+    if len(errors) == 1 or any(item["type"] == "value_error" for item in errors):
+        return [line for item in errors for line in _error_lines(item | {"loc": location})]
+    types = []
+    for item in errors:
+        if item["type"] in ("model_type", "dict_type"):
+            types.append("a mapping (key: value)")
+        else:
+            types.append(re.split(", (?:unable|got) ", item["msg"].removeprefix("Input should be "))[0])
+    return [f"{dotted_key(location)}: must be {' or '.join(dict.fromkeys(types))} (given: {short(errors[0]['input'])})"]
+
+
+def _error_lines(item: ErrorDetails) -> list[str]:
     """Return the lines that describe one error of pydantic."""
     location, kind, value = item["loc"], item["type"], item["input"]
-    if location[-1:] == ("int",) and kind.startswith("int_"):
-        return []  # pydantic reports `int | float` twice; the error for float is kept
-    location = location[:-1] if location[-1:] == ("float",) else location
     key = dotted_key(location)
     if kind == "extra_forbidden" and location[-1] == "trust_remote_code":
         return [

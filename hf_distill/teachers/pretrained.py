@@ -127,7 +127,7 @@ def load_pretrained(
     if missing:
         raise DistillError(
             f"The teacher {path} has no weights for {', '.join(sorted(missing)[:3])}"
-            f"{f' and {len(missing) - 3} others' if len(missing) > 3 else ''} of a "
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''} of a "
             f"{type(unwrap_model(model)).__name__}: they would be initialized at random, and the predictions would be "
             "random too. Give the checkpoint of a model that was trained for this task; if these weights do not "
             "matter, load the model yourself and pass it instead of its path."

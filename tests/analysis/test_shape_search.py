@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from hf_distill import DistillError
@@ -50,6 +50,30 @@ def test_all_shapes_fit_and_use_most_of_the_parameters(teacher, share):
         assert exact == candidate.parameters <= budget
         assert candidate.parameters > 0.75 * budget, candidate
     assert len({json.dumps(candidate.sizes) for candidate in candidates}) == len(candidates)
+
+
+def test_shapes_of_a_quantized_student_have_widths_that_its_groups_divide():
+    candidates = shape_candidates(TEACHER, int(0.6 * ModelStats.of(TEACHER).parameters), divisor=32)
+    assert {"mlp", "width-heads"} <= {candidate.name for candidate in candidates}
+    for candidate in candidates:
+        config = student_config(FromTeacher(**candidate.sizes), TEACHER)
+        widths = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+        assert not any(width % 32 for width in widths), (candidate, widths)
+
+
+def test_rounding_never_makes_a_shape_larger_than_its_teacher():
+    teacher = LlamaConfig(**TEACHER.to_dict() | {"intermediate_size": 509})  # nearest multiple of 16: 512
+    budget = int(0.97 * ModelStats.of(teacher).parameters)
+    assert "mlp" in [candidate.name for candidate in shape_candidates(teacher, budget)]
+    teacher = Qwen3MoeConfig(**EXPERTS.to_dict() | {"num_experts_per_tok": 4})  # a quarter are 2 experts
+    budget = int(0.7 * ModelStats.of(teacher).parameters)
+    assert "experts" in [candidate.name for candidate in shape_candidates(teacher, budget)]
+
+
+def test_a_teacher_whose_config_has_no_number_of_neurons_is_cut_in_depth():
+    teacher = GPT2Config(vocab_size=100, n_embd=32, n_head=2, n_layer=4)
+    candidates = shape_candidates(teacher, int(0.6 * ModelStats.of(teacher).parameters))
+    assert [candidate.sizes for candidate in candidates] == [{"keep_layers": 1}]
 
 
 @pytest.mark.parametrize(("budget", "problem"), [(10**9, "give a smaller number"), (1000, "no shape of this teacher")])
@@ -171,3 +195,15 @@ def test_the_command_prints_the_student_and_how_to_train_it(tmp_path):
     printed = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     assert printed["student"]["widths"] == {"hidden_size": 48}
     assert printed["metrics"]["perplexity"] > 1
+
+
+def test_a_search_with_rounded_weights_says_so_and_prints_one_command(tmp_path):
+    cut = ["student={from_teacher: {target_parameters: 110K}, quantize: {scheme: int4_weight_only, group_size: 16}}"]
+    cut += ["student.from_teacher.calibration_rows=4", f"train.output_dir={tmp_path / 'run'}"]
+    arguments = ["prune", "quickstart", "-o", str(tmp_path / "x"), *cut, "--smoke", "--steps", "16"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert "student, quantized" in result.output
+    (command,) = [line for line in result.output.splitlines() if line.startswith("Train it: ")]
+    assert command.count("student.from_teacher") == 1
+    assert "calibration_rows: 4" in command

@@ -56,7 +56,12 @@ def test_experts_are_counted():
         ({"hidden_size": 96}, "hidden_size is 96: give a number from 1 to 64"),
         ({"num_attention_heads": 3}, "num_attention_heads is 3: .* Give a multiple of 2, up to 4"),
         ({"num_experts": 2}, "num_experts of LlamaForCausalLM cannot be pruned"),
-        ({"keep_layers": 5, "hidden_size": 48}, "keeps block 4, but the teacher has 4"),
+        (
+            {"keep_layers": 5, "hidden_size": 48},
+            "keep_layers is 5; the teacher has 4 blocks: give a number from 1 to 4",
+        ),
+        ({"layers": [0, 4]}, r"layers is \[0, 4\]: give each block to keep once, from 0 to 3"),
+        ({"hidden_size": 96, "intermediate_size": 999}, "hidden_size is 96: .* intermediate_size is 999"),
         ({"target_parameters": "1M"}, "`hf-distill prune` searches them"),
     ],
 )

@@ -12,7 +12,7 @@ from hf_distill.recipe.hub_paths import pin_relative_paths
 from hf_distill.recipe.hub_policy import filter_violations
 from hf_distill.recipe.load import load_recipe
 from hf_distill.recipe.local_files import missing_files
-from hf_distill.recipe.problems import error_lines, remove_unknown_keys, remove_wrong_values
+from hf_distill.recipe.problems import problem_lines, remove_unknown_keys, remove_wrong_values
 
 FILTER, SELECT = TypeAdapter(FilterSpec), TypeAdapter(SelectSpec)
 
@@ -62,7 +62,7 @@ PROBLEMS = [
 def test_a_wrong_filter_is_an_error_with_its_key(step, message, generate_schema):
     with pytest.raises(ValidationError) as error:
         Section.model_validate({"generate": {"filters": [step]}})
-    assert any(message in line for item in error.value.errors() for line in error_lines(item))
+    assert any(message in line for line in problem_lines(error.value.errors()))
 
 
 def test_wrong_and_unknown_keys_of_filters_are_removed_to_find_further_problems(generate_schema):

@@ -108,6 +108,23 @@ def test_a_scalar_that_does_not_match_its_yaml_tag_is_refused(text, problem, tmp
     assert all(len(line) < 400 for line in printed.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("student.from_teacher.vocab={keep: usd}", ".vocab.keep: must be a valid integer or 'used' (given: 'usd')"),
+        ("student.from_teacher.vocab={keep: 0}", ".vocab.keep: must be greater than 0 or 'used' (given: 0)"),
+        ("distill.divergence=3", "distill.divergence: must be a valid string or a mapping (key: value) (given: 3)"),
+        ("data.task.weight=abc", "data.task.weight: must be a valid number or a valid list (given: 'abc')"),
+        ("data.task.weight=[[0, 1], [1]]", "data.task.weight.1.1: required key is missing"),
+        ("train.fsdp=3", "train.fsdp: must be a valid boolean or a valid string (given: 3)"),
+        ("train.logging_steps=x", "Input should be a valid number, unable to parse string as a number (given: 'x')"),
+    ],
+)
+def test_a_value_for_which_several_types_are_allowed_is_one_problem_without_names_of_types(change, problem):
+    (line,) = problems_of(change)
+    assert line.endswith(problem), line
+
+
 def test_unknown_keys_do_not_hide_other_problems():
     problems = problems_of(
         "teacher.modle=x",

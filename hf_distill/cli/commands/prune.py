@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ...analysis.shape_search import ShapeSearchResult
     from ...runner.prune import PrunedModel
 
+_FROM_TEACHER = "student.from_teacher"
+
 
 @app.command()
 def prune(
@@ -84,7 +86,7 @@ def prune(
         return
     if search is not None:
         out.print(_search_table(search))
-    out.print(_table(model))
+    out.print(_table(model, quantized=loaded.student.quantize is not None))
     out.print(f"Student: {model.folder}", soft_wrap=True, highlight=False)
     command = _training_command(recipe, requested, search, smoke)
     out.print(f"Train it: {command}", soft_wrap=True, highlight=False, markup=False)
@@ -92,15 +94,16 @@ def prune(
 
 def _training_command(recipe: str, overrides: list[str], search: "ShapeSearchResult | None", smoke: bool) -> str:
     """Return the command that trains the student; a search has replaced the number of parameters by sizes."""
-    command = ["hf-distill", "run", recipe, *overrides]
+    command = ["hf-distill", "run", recipe]
+    command += [override for override in overrides if search is None or not override.startswith(_FROM_TEACHER)]
     if search is not None:
         sizes = search.from_teacher.model_dump(exclude_unset=True, exclude_defaults=True)
-        command.append(f"student.from_teacher={{{', '.join(f'{name}: {value}' for name, value in sizes.items())}}}")
+        command.append(f"{_FROM_TEACHER}={{{', '.join(f'{name}: {value}' for name, value in sizes.items())}}}")
     return shlex.join([*command, *(["--smoke"] if smoke else [])])
 
 
-def _table(model: "PrunedModel") -> Table:
-    """Return a table of teacher and student before training."""
+def _table(model: "PrunedModel", quantized: bool) -> Table:
+    """Return a table of teacher and student before training; a quantized student is evaluated with rounded weights."""
     shown = shown_metrics([model.metrics])
     table = Table(title="Metrics on held-out rows, before training", box=None, pad_edge=False)
     for heading in ("", "parameters", *(metric.title for metric in shown)):
@@ -108,7 +111,11 @@ def _table(model: "PrunedModel") -> Table:
     teacher = metrics_of_teacher(model.metrics)
     if teacher:
         table.add_row("teacher", millions(model.teacher.get("parameters")), *formatted(teacher, shown))
-    table.add_row("student", millions(model.student.get("parameters")), *formatted(model.metrics, shown))
+    table.add_row(
+        "student, quantized" if quantized else "student",
+        millions(model.student.get("parameters")),
+        *formatted(model.metrics, shown),
+    )
     return table
 
 
