@@ -33,6 +33,9 @@ NOT_MEASURED = {
     "paper": "a figure of a paper that the text names",
     "recipe": "setting of a recipe or of an experiment",
     "estimate": "an expectation that the text marks as such",
+    "not recorded": "measured in a run whose results.json was not kept; to be measured again",
+    "plan": "printed by `hf-distill plan`",
+    "requirement": "memory or hardware that suffices",
     "target": "a figure that was aimed at",
 }
 
@@ -90,7 +93,8 @@ def read(pattern: str) -> Any:
 
 
 def lists() -> list[dict[str, Any]]:
-    return [yaml.safe_load(path.read_text()) for path in sorted(HERE.glob("*.yaml"))]
+    """A list of each page; a file has one list or several."""
+    return [listed for path in sorted(HERE.glob("*.yaml")) for listed in yaml.safe_load_all(path.read_text())]
 
 
 def entries() -> Iterator[Entry]:
@@ -120,7 +124,7 @@ def occurrences(text: str, page: str, any_figures: bool = False) -> list[re.Matc
     """Where a page has a text, whose figures may be in braces; each of them is a group. Line breaks do not count."""
     pattern = re.escape(re.sub(r"\s+", " ", text.strip()))
     group = r"(\\d[\\d.,e-]*)" if any_figures else r"(\1)"
-    pattern = re.sub(r"\\\{(.*?)\\\}", group, pattern).replace("\\ ", r"\s+(?:# )?")
+    pattern = re.sub(r"\\\{(.*?)\\\}", group, pattern).replace("\\ ", r"\s+(?:#\s+)?")
     return list(re.finditer(rf"(?<![\d.,]){pattern}(?![\d]|[.,]\d)", page))
 
 
