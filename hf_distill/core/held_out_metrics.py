@@ -1,6 +1,7 @@
 """The metrics of held-out rows that tables show: which ones, under which titles, and their values for the teacher."""
 
 from collections.abc import Iterable, Mapping
+from math import isclose
 from typing import NamedTuple
 
 from .results import Metrics
@@ -46,6 +47,7 @@ HELD_OUT_METRICS = (
     HeldOutMetric("chunk_kl", "KL to the teacher, nats/chunk", 4),
     HeldOutMetric("chunk_agreement", "top-1 agreement of chunks", 3, is_share=True),
 )
+_SAME_PERPLEXITY = 1e-4  # relative difference between two evaluations of a teacher over the same tokens
 _OF_TEACHER = {
     "teacher_mse": 0.0,
     "embedding_cosine": 1.0,
@@ -84,6 +86,38 @@ def metrics_of_teacher(student: Mapping[str, float]) -> Metrics:
         metric.key: student[name] for metric in HELD_OUT_METRICS if (name := f"teacher_{metric.key}") in student
     }
     return {**measured, **{key: value for key, value in _OF_TEACHER.items() if key in student}} if measured else {}
+
+
+def rows_with_teacher(
+    models: Mapping[str, Metrics], titles: Mapping[str, str], shown: Iterable[HeldOutMetric]
+) -> list[tuple[str, Metrics]]:
+    """Return the rows of a table, each with its title: the teacher's, then those of the models that were evaluated.
+
+    The students of a chain may have different tokens, over which perplexities are not comparable. Then the teacher has
+    a row for each vocabulary, before the first of its students.
+
+    Args:
+        models: name -> metrics; the last student is called "student".
+        titles: name -> title, in the order of the rows.
+        shown: the metrics of the table.
+    """
+    shown = list(shown)
+    evaluated = [(title, models[name]) for name, title in titles.items() if has_any(models.get(name, {}), shown)]
+    teachers = [metrics_of_teacher(metrics) for _, metrics in evaluated]
+    is_chain = any(name.startswith("stage-") for name in models)
+    first = [i for i in range(len(teachers)) if i == 0 or not _same_tokens(teachers[i - 1], teachers[i])]
+    if not is_chain or len(first) < 2:
+        teacher = metrics_of_teacher(models.get("student", {}))
+        return [("teacher", teacher), *evaluated] if teacher else evaluated
+    rows = list[tuple[str, Metrics]]()
+    for i, row in enumerate(evaluated):
+        rows += [("teacher, over the tokens of the rows below", teachers[i]), row] if i in first else [row]
+    return rows
+
+
+def _same_tokens(one: Metrics, other: Metrics) -> bool:
+    """Whether two evaluations of a teacher that does not change are over the same tokens."""
+    return isclose(one.get("perplexity", 0.0), other.get("perplexity", 0.0), rel_tol=_SAME_PERPLEXITY)
 
 
 def formatted(metrics: Mapping[str, float], shown: Iterable[HeldOutMetric], percent: bool = False) -> list[str]:

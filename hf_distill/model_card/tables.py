@@ -4,7 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.escape import markdown
-from ..core.held_out_metrics import CONTROL_TITLES, formatted, has_any, metrics_of_teacher, shown_metrics, target_words
+from ..core.held_out_metrics import (
+    CONTROL_TITLES,
+    formatted,
+    rows_with_teacher,
+    shown_metrics,
+    target_words,
+)
 from ..core.quantized_titles import with_quantization
 from ..core.results import Metrics
 from .data import ScoreFacts, TaskFacts
@@ -43,14 +49,11 @@ def held_out_table(models: Mapping[str, Metrics], target: str, quantized: bool =
         if not losses:
             return Table()
         return Table("Loss on the held-out rows.", _markdown(["", "loss"], rows))
-    rows, after = [], models.get("student", {})
-    if teacher := metrics_of_teacher(after):
-        rows.append(["teacher", *formatted(teacher, shown, percent=True)])
-    order = [name for name in models if name not in titles] + [name for name in titles if name in models]
-    for name in order:
-        cells = formatted(models[name], shown, percent=True)
-        if has_any(models[name], shown):
-            rows.append([titles.get(name, name.replace("-", " ")), *cells])
+    ordered = {name: name.replace("-", " ") for name in models if name not in titles} | titles
+    rows = [
+        [title, *formatted(metrics, shown, percent=True)]
+        for title, metrics in rows_with_teacher(models, ordered, shown)
+    ]
     targets = f"{target_words(target)} of the held-out rows" if target != "row" else "held-out rows"
     text = f"Metrics over the {targets}, at temperature 1."
     return Table(text, _markdown(["", *(metric.title for metric in shown)], rows))

@@ -160,7 +160,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.ndim > 1)
     share = sum(layer.weight.numel() for layer in layers.values()) / max(weights, 1)
     if share < _MIN_QUANTIZED_SHARE:
-        logger.warning(
+        logger.warning_once(
             f"Only {share:.0%} of the weights in the blocks of {type(unwrap_model(model)).__name__} are in nn.Linear "
             "layers and are quantized. The others, such as experts that are stored as one tensor, stay in full "
             "precision."

@@ -9,7 +9,7 @@ import yaml
 from ..analysis.verdicts import Verdict
 from ..core import run_files
 from ..core.files import file_entry
-from ..core.held_out_metrics import CONTROL_TITLES, formatted, has_any, metrics_of_teacher, shown_metrics
+from ..core.held_out_metrics import CONTROL_TITLES, formatted, rows_with_teacher, shown_metrics
 from ..core.pruned_sizes import millions, shape_text
 from ..core.quantized_titles import with_quantization
 from ..core.results import Metrics, Results
@@ -81,15 +81,11 @@ class Section:
 def results(run: Run) -> Section:
     """Held-out metrics of all models."""
     models = run.results["models"]
-    rows, shown = [], shown_metrics(models.values(), target_noun(run.recipe))
-    if teacher := metrics_of_teacher(models["student"]):
-        rows.append(["teacher", *formatted(teacher, shown)])
+    shown = shown_metrics(models.values(), target_noun(run.recipe))
     stages = {name: name.replace("-", " ") for name in models if name.startswith("stage-")}
     titles = MODEL_TITLES | {"control": CONTROL_TITLES[run.recipe.control or "sft"]}
     titles = stages | with_quantization(titles, run.recipe.student.quantize is not None)
-    for name, title in titles.items():
-        if has_any(metrics := models.get(name, {}), shown):
-            rows.append([title, *formatted(metrics, shown)])
+    rows = [[title, *formatted(metrics, shown)] for title, metrics in rows_with_teacher(models, titles, shown)]
     table = Table(["held-out rows", *(metric.title for metric in shown)], rows)
     return Section("results", "Results", [_summary(models, run.recipe.control), *_shape(run.results)], [table])
 

@@ -21,8 +21,7 @@ from ...core.held_out_metrics import (
     CONTROL_TITLES,
     DEFAULT_TARGET,
     formatted,
-    has_any,
-    metrics_of_teacher,
+    rows_with_teacher,
     shown_metrics,
 )
 from ...core.quantized_titles import with_quantization
@@ -181,10 +180,6 @@ def results_table(
         names = {part["stage"]: f"{part['stage']}, {part['student']['blocks']} blocks" for part in chain}
         last = [part["stage"] for part in chain if part["stage"] != "direct"][-1]
         names = {{last: "student", "direct": "control"}.get(stage, stage): title for stage, title in names.items()}
-    if teacher := metrics_of_teacher(models["student"]):
-        table.add_row("teacher", *formatted(teacher, shown))
-    for key, name in names.items():
-        metrics = models.get(key, {})
-        if has_any(metrics, shown):  # with alpha 0 there is no evaluation before training
-            table.add_row(name, *formatted(metrics, shown))
+    for title, metrics in rows_with_teacher(models, names, shown):
+        table.add_row(title, *formatted(metrics, shown))
     return table

@@ -1,0 +1,35 @@
+"""The rows of tables of held-out metrics."""
+
+import pytest
+
+from hf_distill.core.held_out_metrics import rows_with_teacher, shown_metrics
+
+
+def metrics(perplexity, teacher, **others):
+    return {"perplexity": perplexity, "teacher_perplexity": teacher, "kl": 0.1, **others}
+
+
+def titles_of(models, titles):
+    return [title for title, _ in rows_with_teacher(models, titles, shown_metrics(models.values()))]
+
+
+def test_a_chain_whose_students_have_different_tokens_has_a_row_of_the_teacher_for_each_vocabulary():
+    models = {"stage-1": metrics(9.0, 5.0), "stage-2": metrics(9.5, 5.0), "student": metrics(7.0, 4.0)}
+    models["control"] = metrics(8.0, 4.0)
+    titles = {name: name for name in models}
+    rows = rows_with_teacher(models, titles, shown_metrics(models.values()))
+    teacher = "teacher, over the tokens of the rows below"
+    assert [title for title, _ in rows] == [teacher, "stage-1", "stage-2", teacher, "student", "control"]
+    assert [values["perplexity"] for title, values in rows if title == teacher] == [5.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ({"stage-1": metrics(9, 5), "student": metrics(7, 5 + 1e-6)}, ["teacher", "stage-1", "student"]),
+        ({"before": metrics(9, 5), "student": metrics(7, 4)}, ["teacher", "before", "student"]),  # an EMA changes
+        ({"before": {"loss": 1.0}, "student": {"perplexity": 7.0}}, ["student"]),
+    ],
+)
+def test_other_tables_have_at_most_one_row_of_the_teacher(models, expected):
+    assert titles_of(models, {name: name for name in models}) == expected
