@@ -18,7 +18,7 @@ def claims(results: Results) -> str:
     """All of them, with a verdict each."""
     made: Sequence[Callable[[Results], Claim]] = (
         soft, half_of_the_gap, features, temperature, balance, quantised, progressive, early, computing,
-        draws, top_12, cached, mixed, quality_of_peers, pace_of_peers, memory_of_peers,
+        shape_of_student, pruned_start, draws, top_12, cached, mixed, quality_of_peers, pace_of_peers, memory_of_peers,
         partial(with_teacher, "encoder", "text classifier", "accuracy"),
         partial(with_teacher, "digits", "image classifier", "accuracy"),
         partial(with_teacher, "relevance", "regression model", "rank correlation"),
@@ -67,6 +67,20 @@ def soft(results: Results) -> Claim:
     """Both, of all seeds."""
     text, apart = against(results, "distilled", "hard")
     return "Soft labels beat hard labels", COMMON, text, f"{HOLDS} for every seed" if apart else NOT
+
+
+def shape_of_student(results: Results) -> Claim:
+    """Depth and width against depth alone, at equal parameters, of all seeds."""
+    text, apart = against(results, "depth_and_width", "distilled")
+    claim = "Pruning depth and width is better than depth alone at equal parameters"
+    return claim, "2407.14679", text, f"{HOLDS} for every seed" if apart else NOT
+
+
+def pruned_start(results: Results) -> Claim:
+    """A pruned student against the same shape from random weights, after the same tokens."""
+    text, apart = against(results, "depth_and_width", "random_start")
+    claim = "A student pruned from the teacher needs far fewer tokens than one from random weights"
+    return claim, "2407.14679", f"at equal tokens, {text}", HOLDS if apart else NOT
 
 
 def half_of_the_gap(results: Results) -> Claim:

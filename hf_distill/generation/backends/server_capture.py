@@ -13,8 +13,8 @@ from ...errors import DistillError
 from ...teachers.remote.api import RowTensors, TokenRow
 from ...teachers.remote.identity import START_RETRY_SECONDS, check_tokenizer
 from ...teachers.remote.pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
-from ...teachers.remote.top_k import top_k_row
-from ...teachers.remote.vllm import PROBE_IDS, VLLMProtocol
+from ...teachers.remote.top_k import PROBE_IDS, top_k_row
+from ...teachers.remote.vllm import VLLMProtocol
 from ..completion import Request
 from ..token_signals import IDS, LOG_PROBS, Capture, TokenSignals
 

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import DistillError
-from .api import RowTensors, ServerInfo, TokenRow
-from .identity import START_RETRY_SECONDS, find_models, start_error
-from .pool import MalformedAnswer, RequestRefused, ServerFailure
-from .top_k import TopKProtocol, top_k_row
-from .vllm import PROBE_IDS, prompt_of, request_tokens
+from .api import RowTensors, TokenRow
+from .pool import MalformedAnswer, RequestRefused
+from .top_k import PROBE_IDS, TopKProtocol, top_k_row
+from .vllm import prompt_of, request_tokens
 
 
 class SGLangProtocol(TopKProtocol):
@@ -29,23 +27,8 @@ class SGLangProtocol(TopKProtocol):
     row_tokens = 6  # SGLang accepts inputs of up to its context length minus 6
     context_option = "--context-length"
 
-    def check(self) -> list[ServerInfo]:
-        """Find the served model of each server, and request two ids from it.
-
-        Raises:
-            DistillError: see `RemoteProtocol.check`.
-        """
-        infos = find_models(self.pool, self.model, self.name)
-        self.model = infos[0].model
-        for info in infos:
-            try:
-                self._request(TokenRow(PROBE_IDS, (0,)), url=info.url, retry_seconds=START_RETRY_SECONDS)
-            except RequestRefused as error:
-                hint = "" if error.is_about_key else " Is it an SGLang server? For vLLM set api to vllm."
-                raise DistillError(f"The teacher server {error}.{hint}") from None
-            except ServerFailure as error:
-                raise start_error(error, self.name) from None
-        return infos
+    def _refusal_hint(self, error: RequestRefused) -> str:
+        return "Is it an SGLang server? For vLLM set api to vllm."
 
     def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
         ids, start = prompt_of(row), row.positions[0]

@@ -11,10 +11,13 @@ from ...core.logits import SparseLogProbs
 from ...core.results import ServerFacts
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens
+from ...errors import DistillError
 from ...losses.objective import Term
-from .api import RemoteProtocol, RowTensors, TokenRow
-from .pool import MalformedAnswer, ServerPool
+from .api import RemoteProtocol, RowTensors, ServerInfo, TokenRow
+from .identity import START_RETRY_SECONDS, find_models, start_error
+from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
 
+PROBE_IDS = (0, 1)  # ids that every model has
 _MAX_ID = 2**31 - 1
 _ROUNDING = 1e-3  # by which a sum of probabilities may exceed 1
 
@@ -115,6 +118,28 @@ class TopKProtocol(RemoteProtocol):
 
     def __init__(self, pool: ServerPool, model: str | None, top_k: int, vocab_size: int | None = None):
         self.pool, self.model, self.top_k, self.vocab_size = pool, model, top_k, vocab_size
+
+    def check(self) -> list[ServerInfo]:
+        """Find the served model of each server, and request two ids from it, which shows its limit of k.
+
+        Raises:
+            DistillError: see `RemoteProtocol.check`.
+        """
+        infos = find_models(self.pool, self.model, self.name)
+        self.model = infos[0].model
+        for info in infos:
+            try:
+                self._request(TokenRow(PROBE_IDS, (0,)), url=info.url, retry_seconds=START_RETRY_SECONDS)
+            except RequestRefused as error:
+                hint = "" if error.is_about_key else f" {self._refusal_hint(error)}"
+                raise DistillError(f"The teacher server {error}.{hint}") from None
+            except ServerFailure as error:
+                raise start_error(error, self.name) from None
+        return infos
+
+    @abstractmethod
+    def _refusal_hint(self, error: RequestRefused) -> str:
+        """Return what to do about a request that a server refused for another reason than the key."""
 
     def request_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
         """Request rows concurrently, one request for each."""

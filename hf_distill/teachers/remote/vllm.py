@@ -4,13 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import DistillError
-from .api import RowTensors, ServerInfo, TokenRow
-from .identity import START_RETRY_SECONDS, find_models, start_error
+from .api import RowTensors, TokenRow
+from .identity import START_RETRY_SECONDS
 from .pool import MalformedAnswer, RequestRefused, ServerFailure, ServerPool
-from .top_k import TopKProtocol, top_k_row
-
-PROBE_IDS = (0, 1)  # ids that every model has
+from .top_k import PROBE_IDS, TopKProtocol, top_k_row
 
 
 class VLLMProtocol(TopKProtocol):
@@ -34,33 +31,10 @@ class VLLMProtocol(TopKProtocol):
         super().__init__(pool, model, top_k, vocab_size)
         self._models: dict[str, str] = {}  # URL -> id of the served model
 
-    def check(self) -> list[ServerInfo]:
-        """Find the served model of each server, and request two ids from it, which shows its limit of k.
-
-        Raises:
-            DistillError: see `RemoteProtocol.check`.
-        """
-        infos = find_models(self.pool, self.model, self.name)
-        self.model = infos[0].model
-        for info in infos:
-            try:
-                self._request(TokenRow(PROBE_IDS, (0,)), url=info.url, retry_seconds=START_RETRY_SECONDS)
-            except RequestRefused as error:
-                raise DistillError(self._explain(error)) from None
-            except ServerFailure as error:
-                raise start_error(error, self.name) from None
-        return infos
-
-    def _explain(self, error: RequestRefused) -> str:
-        """Return what to do about a request that a server refused."""
-        if error.is_about_key:
-            return f"{error}."
+    def _refusal_hint(self, error: RequestRefused) -> str:
         if re.search(r"prompt.?logprobs.*greater than max|max_logprobs", error.message, re.IGNORECASE):
-            return (
-                f"The teacher server {error.url} does not return top_k = {self.top_k} log-probabilities (its answer: "
-                f"{error.message}). Start it with --max-logprobs {self.top_k}, or lower top_k."
-            )
-        return f"The teacher server {error}. Is it a vLLM server? For SGLang set api to sglang."
+            return f"Its limit is below top_k: start it with --max-logprobs {self.top_k}, or lower top_k."
+        return "Is it a vLLM server? For SGLang set api to sglang."
 
     def _request(self, row: TokenRow, url: str | None = None, retry_seconds: float | None = None) -> RowTensors:
         ids = prompt_of(row)
