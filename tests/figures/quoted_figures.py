@@ -9,7 +9,7 @@ whose figures are no results, by category.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -150,6 +150,35 @@ def looks_measured(page: str) -> Iterator[re.Match[str]]:
     found = {match.start(): match for match in _WITH_UNIT.finditer(text)}
     found |= {match.start(): match for match in re.finditer(rf"{_NUMBER}(?![\w])", text) if is_decimal(match[0])}
     yield from (found[start] for start in sorted(found))
+
+
+def difference(entry: Entry, page: str) -> str:
+    """What is wrong with an entry, given the text of its page: the page, or the list, differs from the JSON."""
+    if len(entry.figures) != len(entry.values):
+        return f"{entry.page}: {entry.quoted!r} has {len(entry.figures)} figures and {len(entry.values)} values"
+    computed, problems = entry.computed(), []
+    if entry.figures != computed:
+        problems.append(f"listed are {entry.figures}, {', '.join(entry.files.values())} gives {computed}")
+    if not occurrences(entry.text, page):
+        others = [list(match.groups()) for match in occurrences(entry.text, page, any_figures=True)]
+        problems.append(f"the page has {others}, the JSON {computed}" if others else "the page does not have this text")
+    return f"{entry.page}: {entry.quoted!r}: {'; '.join(problems)}" if problems else ""
+
+
+def unlisted(text: str, listed: Iterable[Entry], not_measured: Iterable[str]) -> list[str]:
+    """The figures of a text that look measured and are not in an entry, with their line."""
+    covered: set[int] = set()
+    for entry in listed:
+        for match in occurrences(entry.text, text):
+            covered |= {at for group in range(len(entry.figures)) for at in range(*match.span(group + 1))}
+    for quoted in not_measured:
+        for match in occurrences(quoted, text):
+            covered |= set(range(*match.span()))
+    return [
+        f"line {text.count(chr(10), 0, found.start()) + 1}: {text[max(0, found.start() - 40) : found.end() + 30]!r}"
+        for found in looks_measured(text)
+        if found.start() not in covered
+    ]
 
 
 def is_decimal(figure: str) -> bool:

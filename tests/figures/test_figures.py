@@ -1,10 +1,22 @@
 """Figures that the documentation quotes come from benchmarks/results; tests/figures/*.yaml says how."""
 
+import dataclasses
 import re
 
 import pytest
 from expressions import evaluate, format_like
-from quoted_figures import NOT_MEASURED, ROOT, entries, exemptions, lists, looks_measured, occurrences
+from quoted_figures import (
+    NOT_MEASURED,
+    ROOT,
+    Entry,
+    difference,
+    entries,
+    exemptions,
+    lists,
+    looks_measured,
+    occurrences,
+    unlisted,
+)
 
 ENTRIES = list(entries())
 LISTED_PAGES = [listed["page"] for listed in lists()]
@@ -15,17 +27,8 @@ RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").glo
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_a_quoted_figure_agrees_with_its_json(entry):
-    assert len(entry.figures) == len(entry.values), f"{entry}: {len(entry.figures)} figures, {len(entry.values)} values"
-    computed, page = entry.computed(), (ROOT / entry.page).read_text()
-    is_quoted = bool(occurrences(entry.text, page))
-    found = [list(match.groups()) for match in occurrences(entry.text, page, any_figures=True)]
-    problem = "" if is_quoted else f" The page does not have this text{f', but the figures {found}' if found else ''}."
-    if entry.figures != computed or problem:
-        files = ", ".join(entry.files.values())
-        pytest.fail(
-            f"{entry.page}: {entry.quoted!r}. Listed: {entry.figures}. {files} gives {computed}.{problem}",
-            pytrace=False,
-        )
+    if problem := difference(entry, (ROOT / entry.page).read_text()):
+        pytest.fail(problem, pytrace=False)
 
 
 @pytest.mark.parametrize("page", sorted({*PAGES, *RECIPES} - GENERATED))
@@ -33,22 +36,9 @@ def test_every_figure_that_looks_measured_is_listed(page):
     text = (ROOT / page).read_text()
     if page in RECIPES:
         text = re.match(r"(#.*\n)*", text)[0]  # the header
-    covered: set[int] = set()
-    for entry in ENTRIES:
-        if entry.page == page:
-            for match in occurrences(entry.text, text):
-                covered |= {at for group in range(len(entry.figures)) for at in range(*match.span(group + 1))}
-    for listed, _, quoted in exemptions():
-        if listed == page:
-            for match in occurrences(quoted, text):
-                covered |= set(range(*match.span()))
-    unlisted = [
-        f"{page}:{text.count(chr(10), 0, found.start()) + 1}: {text[max(0, found.start() - 40) : found.end() + 30]!r}"
-        for found in looks_measured(text)
-        if found.start() not in covered
-    ]
-    if unlisted:
-        pytest.fail("figures without an entry in tests/figures:\n" + "\n".join(unlisted), pytrace=False)
+    not_measured = [quoted for listed, _, quoted in exemptions() if listed == page]
+    if figures := unlisted(text, [entry for entry in ENTRIES if entry.page == page], not_measured):
+        pytest.fail("\n".join([f"{page} has figures that tests/figures does not list:", *figures]), pytrace=False)
 
 
 @pytest.mark.parametrize(("page", "category", "text"), list(exemptions()))
@@ -62,6 +52,25 @@ def test_a_page_has_one_list_and_each_text_is_listed_once():
     assert [page for page in LISTED_PAGES if page not in (*PAGES, *RECIPES)] == []
     texts = [(entry.page, entry.text) for entry in ENTRIES]
     assert [text for text in texts if texts.count(text) > 1] == []
+
+
+def test_a_figure_that_differs_from_its_json_is_reported():
+    entry = Entry("page.md", "it took {26} steps", {"": "quickstart.json"}, ("models.student.perplexity",))
+    assert "listed are ['26'], quickstart.json gives ['25']" in difference(entry, "Here it took 26\nsteps.")
+    entry = dataclasses.replace(entry, text="it took {25} steps")
+    assert difference(entry, "Here it took 25\nsteps.") == ""
+    assert "the page has [['24']], the JSON ['25']" in difference(entry, "Here it took 24 steps.")
+    assert "the page does not have this text" in difference(entry, "Here it takes 25 steps.")
+    assert "has 1 figures and 0 values" in difference(dataclasses.replace(entry, values=()), "")
+
+
+def test_a_figure_of_another_text_is_not_listed():
+    entry = Entry("page.md", "perplexity {25.5}", {"": "quickstart.json"}, ("models.student.perplexity",))
+    text = "The perplexity 25.5 and\nthe loss 25.5, for T above 0.5."
+    assert unlisted(text, [entry], ["T above 0.5"]) == [
+        "line 2: 'The perplexity 25.5 and\\nthe loss 25.5, for T above 0.5.'"
+    ]
+    assert len(unlisted(text, [], [])) == 3
 
 
 def test_expressions_read_paths_filters_and_arithmetic():
