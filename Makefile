@@ -86,7 +86,7 @@ lint: $(VENV)/installed-dev
 check: lint test
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --editable ".[docs,trl]"
 	touch $@
 
 # The documentation site, in build/site. A warning of MkDocs (such as a broken link) is an error.

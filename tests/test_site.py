@@ -1,7 +1,10 @@
-"""The documentation site: its navigation lists every page, its gallery every recipe, and links keep their target."""
+"""The documentation site: navigation, gallery and reference leave nothing out, and links keep their target."""
 
 import importlib.util
+import inspect
+import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,38 @@ import hf_distill
 from hf_distill.recipe import list_recipes
 
 ROOT = Path(hf_distill.__file__).parent.parent
+PUBLIC_MODULES = [
+    "hf_distill",
+    *(
+        f"hf_distill.{name}"
+        for name in [
+            "analysis",
+            "cache",
+            "data",
+            "filters",
+            "losses",
+            "model_types",
+            "recipe",
+            "student",
+            "teachers",
+            "trainer",
+            "trl",
+        ]
+    ),
+    "hf_distill.teachers.multi_view",
+]
+
+
+def load_file(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def hook():
-    spec = importlib.util.spec_from_file_location("site_hook", ROOT / "docs" / "site_hook.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file("site_hook")
 
 
 class Loader(yaml.SafeLoader):
@@ -88,3 +115,36 @@ def test_links_in_code_stay_as_they_are(hook):
     assert hook.rewrite_links("docs/hub.md", text) == text
     assert hook.linked_files("docs/hub.md", text) == []
     assert hook.linked_files("docs/hub.md", "[x](../recipes/ema.yaml)") == ["recipes/ema.yaml"]
+
+
+@pytest.fixture(scope="module")
+def documented():
+    """The objects that the reference documents, by their path."""
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    paths = [path for page in pages for path in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.M)]
+    assert len(paths) == len({*paths})
+    parts = [path.rpartition(".") for path in paths]
+    return {path: getattr(import_module(module), name) for path, (module, _, name) in zip(paths, parts, strict=True)}
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_no_public_name_is_missing_from_the_reference(module, documented):
+    objects = [id(value) for value in documented.values()]
+    public = import_module(module)
+    assert [name for name in public.__all__ if id(getattr(public, name)) not in objects] == []
+
+
+def test_no_entry_of_the_reference_is_read_as_a_module(documented):
+    modules = [path for path in documented if (ROOT / f"{path.replace('.', '/')}.py").exists()]
+    assert modules == []
+    assert not any(inspect.ismodule(value) for value in documented.values())
+
+
+def test_no_key_of_a_recipe_is_missing_from_the_tables():
+    text = load_file("recipe_keys_hook").all_keys()
+    schema = json.loads((ROOT / "hf_distill" / "recipe" / "schema.json").read_text())
+    assert re.findall(r"^### (\w+)$", text, flags=re.M) == list(schema["$defs"])
+    sections = re.split(r"^##+ .*$", text, flags=re.M)[1:]
+    for section, keys in zip([schema, *schema["$defs"].values()], sections, strict=True):
+        assert sorted(re.findall(r"^\| `(\w+)`", keys, flags=re.M)) == sorted(section["properties"])
+    assert "| `student` (required) | [Student](#student) | " in text

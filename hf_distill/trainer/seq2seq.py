@@ -55,6 +55,8 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
         model: the student.
         args: a `DistillSeq2SeqConfig`, or plain `Seq2SeqTrainingArguments` (the objective then has its defaults:
             temperature 2, alpha 0.5).
+
+    Keyword Args:
         teacher: the teacher: a model, the id or path of a model, or a `Teacher`. None trains without a teacher.
         model_type: what the outputs of `model` are, if its class does not tell it; see `DistillTrainer`.
 

@@ -69,7 +69,8 @@ class DistillSFTTrainer(TRLMixin, _SFTTrainer):
         args: a `DistillSFTConfig`, or plain `SFTConfig` (then the defaults: temperature 2, alpha 0.5).
         teacher: a model, the id or path of one, or a `Teacher`; None: that of `args.teacher_model_name_or_path`, or no
             teacher, so that only the hard labels are used.
-        positional, kwargs: further arguments of `SFTTrainer`.
+        *positional: further arguments of `SFTTrainer`.
+        **kwargs: further arguments of `SFTTrainer`, by name.
 
     Raises:
         DistillError: teacher and student do not fit, or an argument does not work with distillation; the message lists
