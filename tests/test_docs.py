@@ -1,5 +1,6 @@
 """The code of the documentation runs, its recipes validate, and its links lead to files."""
 
+import json
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ OTHER_PAGES = [
     ROOT / name
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "recipes/README.md")
 ]
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a script of the page Getting started loads it
 TEXTS = [f"The {i}th sentence says something about number {i * i}." for i in range(8)]
 
 
@@ -58,6 +60,15 @@ def names(tmp_path):
     }
 
 
+def write_chats() -> None:
+    """Write the conversations that the page Getting started reads: six rows to train on, and one that is held out."""
+    rows = [
+        {"messages": [{"role": "user", "content": text[:12]}, {"role": "assistant", "content": text[12:]}]}
+        for text in TEXTS[:7]
+    ]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 def vision_names():
     """Names of the code blocks for vision-language models."""
     return {
@@ -75,7 +86,9 @@ def vision_names():
 )
 def test_python_blocks_run(page, number, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_chats()
     registered, block = dict(LOSSES), blocks(page, "python")[number]
+    block = block.replace(f'MODEL = "{HUB_MODEL}"', f"MODEL = {names['STUDENT']!r}")
     names |= vision_names() if "vision_student" in block else {}
     try:
         exec(compile(block, f"{page.name}#{number}", "exec"), names)
