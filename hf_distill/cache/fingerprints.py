@@ -26,7 +26,10 @@ def weights_fingerprint(model: nn.Module) -> str:
     named = {uncompiled_name(name): parameter for name, parameter in unwrap_parallel(model).named_parameters()}
     for name, parameter in sorted(named.items()):
         with gathered([parameter]):
-            flat = full_tensor(parameter).detach().flatten()
+            value = full_tensor(parameter).detach()
+            if hasattr(value, "__tensor_flatten__"):  # a quantized weight of torchao, which cannot be flattened
+                value = value.dequantize()
+            flat = value.flatten()
             if flat.is_meta:
                 digest.update(f"{name} {tuple(parameter.shape)}".encode())
                 continue

@@ -126,9 +126,14 @@ def cut_student(
 
     Raises:
         DistillError: an index does not exist or is repeated, or there is no index; the arguments are those of another
-            kind of model; or a block that is left out has weights that the student needs.
+            kind of model; the teacher is quantized; or a block that is left out has weights that the student needs.
     """
     model = unwrap_model(teacher)
+    if getattr(model, "quantization_method", None) is not None:
+        raise DistillError(
+            f"{type(model).__name__} is quantized, and its weights cannot be copied into a student: load it in "
+            "bfloat16 or float32 to prune it. A run with a quantized student keeps its weights in student-unquantized."
+        )
     cuts = find_cuts(model, {None: layers, "encoder": encoder_layers, "decoder": decoder_layers})
     config = model.config
     for cut in cuts:

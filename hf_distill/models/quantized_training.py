@@ -1,7 +1,7 @@
 """Quantization-aware training with torchao: a student computes with rounded weights and trains the full ones."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -43,7 +43,7 @@ def prepare_quantized_student(model: nn.Module, scheme: QuantizationScheme) -> n
     check_machine(scheme)
     _check_plain(model)
     layers = _linear_layers(model)
-    _check_widths(scheme, {name: layer.in_features for name, layer in layers.items()})
+    check_group_widths(scheme, {name: layer.in_features for name, layer in layers.items()})
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
@@ -176,8 +176,16 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
         yield from find_blocks(model)[1]
 
 
-def _check_widths(scheme: QuantizationScheme, widths: dict[str, int]) -> None:
-    """Check that the groups of a scheme divide the widths of all layers."""
+def check_group_widths(scheme: QuantizationScheme, widths: Mapping[str, int]) -> None:
+    """Check that the groups of a scheme divide the widths of all layers.
+
+    Args:
+        scheme: The quantization.
+        widths: Name of a linear layer -> its number of inputs.
+
+    Raises:
+        DistillError: They do not. The message names layers and the sizes that are possible.
+    """
     size = scheme.required_divisor
     broken = {name: width for name, width in widths.items() if width % size}
     if not broken:

@@ -8,6 +8,7 @@ from ..core.defaults import MODEL_FLOP_UTILIZATION, PEAK_TFLOPS, PRETRAINING_TOK
 from ..errors import DistillError, collect_errors, raise_if_any
 from ..layers import AUTO, KEPT, LEARNED, map_layers
 from ..losses import get_loss
+from ..models.quantized_training import check_group_widths
 from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
 from ..recipe.tasks import require_text_generation
@@ -170,9 +171,16 @@ def _token_counts(recipe: Recipe, ratio: float) -> list[str]:
 
 
 def _quantized_sizes(recipe: Recipe, workload: Workload) -> list[str]:
-    """Return a sentence on the weights of a quantized student; nothing for others."""
+    """Return a sentence on the weights of a quantized student; nothing for others.
+
+    Raises:
+        DistillError: the groups of its weights do not divide the widths of its layers.
+    """
     quantize = recipe.student.quantize
-    return [served_weights(workload.student, quantize.resolved)] if quantize else []
+    if quantize is None:
+        return []
+    check_group_widths(quantize.resolved, {name: width for name, (width, _) in workload.student.linear.items()})
+    return [served_weights(workload.student, quantize.resolved)]
 
 
 def _uncounted_parts(recipe: Recipe, workload: Workload) -> list[str]:

@@ -266,6 +266,7 @@ class ModelFactory:
         if self._shard and not unsharded:
             kwargs["distributed_config"] = DistributedConfig(fsdp_size=self._args.world_size)
         model = load_pretrained(self._task.auto_class, path, dtype=spec.dtype, **kwargs, **self._task.model_options())
+        _check_trainable(model, spec)
         return keep_layout(model) if quantization else model
 
     def _pruned_student(self, rows: Examples) -> nn.Module:
@@ -277,6 +278,21 @@ class ModelFactory:
         if spec.attn_implementation:
             cast(PreTrainedModel, student).set_attn_implementation(spec.attn_implementation)
         return student
+
+
+def _check_trainable(model: PreTrainedModel, spec: Student) -> None:
+    """Check that the checkpoint of a student can be trained: a quantized one only with adapters, if at all.
+
+    Raises:
+        DistillError: It cannot.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and (spec.lora is None or not quantizer.is_trainable):
+        raise DistillError(
+            f"student.model: {spec.model} is a quantized checkpoint ({model.quantization_method}), whose weights "
+            "cannot be trained: give the model in full precision. That of a run with student.quantize is in "
+            "its folder student-unquantized; set student.quantize to train it with quantization again."
+        )
 
 
 def build_frozen_teacher(spec: TeacherSpec, path: str, tokenizer: Any = None) -> tuple[FrozenTeacher, dict[str, Any]]:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from hf_distill import DistillError, QuantizationScheme, prepare_quantized_student
 from hf_distill.analysis import open_run
 from hf_distill.analysis.run_models import RunModels
+from hf_distill.planning.planner import plan
 from hf_distill.publishing.card_data import run_card_data
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import validate
@@ -46,6 +47,33 @@ def logits_of(model):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "run"
     return folder, run_recipe(recipe(folder, "train.learning_rate=0.01")).models
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("student={{model: {}}}", "student.model: .* is a quantized checkpoint"),
+        ("student={{model: {}, lora: {{r: 4}}}}", "student.model: .* is a quantized checkpoint"),
+        ("teacher={{model: {}}}", "LlamaForCausalLM is quantized, .* cannot be copied into a student"),
+    ],
+)
+def test_a_quantized_student_is_not_trained_or_pruned_further(finished, tmp_path, override, problem):
+    changes = [override.format(finished[0] / "student"), "control=null"]
+    if override.startswith("teacher"):
+        changes.append("student={from_teacher: {keep_layers: 1}}")
+    with pytest.raises(DistillError, match=problem):
+        run_recipe(recipe(tmp_path / "further", *changes))
+
+
+def test_a_quantized_student_teaches_the_next_student(finished, tmp_path):
+    changes = [f"teacher={{model: {finished[0] / 'student'}}}", f"student={{model: {finished[0] / 'full_precision'}}}"]
+    models = run_recipe(recipe(tmp_path / "taught", *changes, "control=null")).models
+    assert models["student"]["teacher_perplexity"] == pytest.approx(finished[1]["student"]["perplexity"], rel=1e-5)
+
+
+def test_a_plan_refuses_groups_that_do_not_divide_the_widths():
+    with pytest.raises(DistillError, match="groups of 24 weights, which do not divide the width"):
+        plan(load_recipe("quantized-student", ["student.quantize.group_size=24"], smoke=True), 1, 80)
 
 
 def test_a_run_exports_the_student_quantized_and_in_full_precision(finished):
