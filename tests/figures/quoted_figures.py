@@ -130,7 +130,7 @@ def occurrences(text: str, page: str, any_figures: bool = False) -> list[re.Matc
 
 _NUMBER = r"(?<![\w.,:/=<>])(?<!\w-)(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
 _UNIT = (
-    r"(?:times|x|%|[kMGT]i?B|ms|µs|(?:CPU )?(?:seconds?|minutes|hours)|tokens (?:per|a) second|tok/s|tokens/s|"
+    r"(?:times|x|%|[kMGT]i?B|ms|µs|(?:CPU )?(?:seconds?|minutes|hours)|s|tokens (?:per|a) second|tok/s|tokens/s|"
     r"nats?|bits per byte|[kM]bit/s|points)"
 )
 _WITH_UNIT = re.compile(rf"({_NUMBER})\s+{_UNIT}(?![\w/])|({_NUMBER})(?:%|x)(?!\w)")
