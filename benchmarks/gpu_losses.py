@@ -108,8 +108,15 @@ def matrix_products(made: Tensors, chunk_tokens: int = 2048) -> None:
         torch.addmm(grad_weight, gradient[:count].t(), hidden[rows], out=grad_weight, **options)
 
 
-def ours(made: Tensors, divergence: str, alpha: float, temperature: float, chunk_tokens: int | None = None) -> Tensor:
-    """The fused loss of this package, forward and backward."""
+def ours(
+    made: Tensors,
+    divergence: str,
+    alpha: float,
+    temperature: float,
+    chunk_tokens: int | None = None,
+    loss_scale: float = 1.0,
+) -> Tensor:
+    """The fused loss of this package, forward and backward of `loss_scale` times the loss."""
     made.clear_gradients()
     loss = fused_distillation_loss(
         made.hidden,
@@ -124,7 +131,7 @@ def ours(made: Tensors, divergence: str, alpha: float, temperature: float, chunk
         student_bias=made.bias,
         student_scaling=made.scaling,
     )
-    loss.backward()
+    (loss * loss_scale).backward()
     return loss.detach()
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -11,9 +12,9 @@ from gpu_meter import meta_as_cuda
 
 from hf_distill.core.logits import DenseLogits, SparseLogProbs
 from hf_distill.core.teacher_logits import MultiTeacherLogits
-from hf_distill.losses import LOSSES, loss
+from hf_distill.losses import LOSSES, kernels, loss
 from hf_distill.losses.kernels import selection
-from hf_distill.losses.kernels.row_losses import RowLosses
+from hf_distill.losses.kernels.row_losses import SHARE_OPTIONS, HeadOutput, RowLosses
 from hf_distill.losses.kernels.selection import reason_for_eager
 from hf_distill.losses.objective import objective
 
@@ -114,3 +115,17 @@ def test_only_labels_and_statistics_of_the_student_need_no_teacher():
     terms = [term for term in objective(0.0, 1.0) if term.weight]
     assert reason_for_eager(terms, LOGITS, None) == ""
     assert RowLosses(terms, False, 4).names == ["hard", "measured", "student_ce", "student_entropy", "accuracy"]
+
+
+def test_the_kernel_gets_contiguous_labels_of_every_nth_token(monkeypatch):
+    """It reads label i at `labels_ptr + i`; the self-check samples every n-th token, which is a view with a stride."""
+    kinds = SimpleNamespace(**{each.__name__.upper(): SimpleNamespace(value=0) for each in SHARE_OPTIONS})
+    monkeypatch.setitem(sys.modules, "hf_distill.losses.kernels.row_kernel", kinds)
+    monkeypatch.setattr(kernels, "row_kernel", kinds, raising=False)
+    labels, mask = torch.arange(12)[::3], (torch.arange(12) % 2 == 0)[::3]
+    outputs = [HeadOutput(torch.randn(4, 32)), HeadOutput(torch.randn(4, 32))]
+    losses = RowLosses(objective(0.5, 2.0), has_teacher=True)
+    arguments = losses.arguments(outputs, labels, mask, torch.zeros(2, 4), torch.zeros(4, 32))
+    for name, value in (("labels_ptr", labels), ("has_label_ptr", mask)):
+        assert arguments[name].is_contiguous()
+        assert torch.equal(arguments[name], value)

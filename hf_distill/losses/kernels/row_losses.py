@@ -153,8 +153,8 @@ class RowLosses:
         return {
             "student": student.kernel_argument(),
             "teacher": teacher.kernel_argument(),
-            "labels_ptr": labels,
-            "has_label_ptr": label_mask,
+            "labels_ptr": labels.contiguous(),
+            "has_label_ptr": None if label_mask is None else label_mask.contiguous(),
             "out_ptr": out,
             "out_stride": out.stride(0),
             "gradient_ptr": gradient,
