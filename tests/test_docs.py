@@ -19,7 +19,14 @@ ROOT = Path(hf_distill.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHER_PAGES = [
     ROOT / name
-    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "recipes/README.md")
+    for name in (
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "benchmarks/README.md",
+        "recipes/README.md",
+        "examples/README.md",
+    )
 ]
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a script of the page Getting started loads it
 TEXTS = [f"The {i}th sentence says something about number {i * i}." for i in range(8)]
