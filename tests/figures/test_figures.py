@@ -21,7 +21,7 @@ from quoted_figures import (
 ENTRIES = list(entries())
 LISTED_PAGES = [listed["page"] for listed in lists()]
 GENERATED = {"docs/evidence.md"}  # compared with the results by tests/test_evidence.py
-PAGES = ["README.md", "recipes/README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", "recipes/README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
 RECIPES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
 
 
