@@ -128,6 +128,7 @@ bench: $(VENV)-bench/installed
 # Measures the cells that benchmarks/results/evidence lacks (about three hours for all). Needs npm and apt for the texts.
 evidence: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/evidence/run.py
+	test -f benchmarks/results/cache_estimators.json || $(BIN)/python benchmarks/cache_estimators.py
 
 # Kills every kind of run at 30 moments and resumes it. The test suite contains a sample.
 soak: $(VENV)/installed-dev
