@@ -35,7 +35,12 @@ def test_the_evidence_page_is_generated_from_the_results(report):
 def test_every_run_has_a_result_with_its_environment(report):
     results = report.results()
     cells = importlib.import_module("cells")
-    expected = {*cells.runs(), ("before", 0), *((f"answers_{name}", seed) for name, seed in cells.answer_runs())}
+    expected = {
+        *cells.runs(),
+        ("before", 0),
+        ("cache_bytes", 0),
+        *((f"answers_{name}", seed) for name, seed in cells.answer_runs()),
+    }
     expected |= {
         (name, seed) for seed in cells.SEEDS for name in (*CELLS_OF_SCRIPTS, *(f"peer_{who}" for who in cells.PEERS))
     }

@@ -65,8 +65,8 @@ def _student_and_teacher(teacher: str) -> tuple[str, ...]:
     return (_CUT_FROM_TEACHER, f"teacher={{{teacher}}}")
 
 
-def _cached(*changes: str, **options) -> Cell:
-    return Cell(changes or _PURE, cache=options)
+def _cached(*changes: str, seeds: tuple[int, ...] = (0,), **options: Any) -> Cell:
+    return Cell(changes or _PURE, seeds, cache=options)
 
 
 # Shapes of about 81 million parameters beside 15 of 30 blocks: fewer neurons, and 22 blocks with fewer neurons.
@@ -110,9 +110,11 @@ CELLS: dict[str, Cell] = {
     "mtp": Cell((*_student_and_teacher("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
     "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-blocks-long"),
     "cache_hidden": _cached(kind="hidden"),
-    "cache_sampled_12": _cached(kind="sampled", draws=12),
-    "cache_sampled_12_half": _cached("distill.alpha=0.5", "distill.temperature=1", kind="sampled", draws=12),
-    "cache_sampled_50": _cached(kind="sampled", draws=50),
+    "cache_sampled_12": _cached(seeds=(0, 2), kind="sampled", samples_per_token=12),
+    "cache_sampled_12_half": _cached(
+        "distill.alpha=0.5", "distill.temperature=1", kind="sampled", samples_per_token=12
+    ),
+    "cache_sampled_50": _cached(kind="sampled", samples_per_token=50),
     "cache_top_12": _cached(kind="top_k", k=12),
     "cache_top_64": _cached(kind="top_k", k=64),
     "width": Cell((_shape(NARROW),), SEEDS),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from math import exp
@@ -27,8 +27,11 @@ from texts import prepare
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_distill import DistillTrainer
+from hf_distill.cache import write_cache
 from hf_distill.core.files import atomic_path
 from hf_distill.core.io import environment, held_out_metrics, read_json, write_json
+from hf_distill.core.signals import FeatureKey, Signals
+from hf_distill.core.targets import FeatureTokens, Targets
 from hf_distill.models.pruning import block_influence, cut_student, top_layers
 from hf_distill.planning.pruned import student_config
 from hf_distill.recipe import load_recipe, run_recipe
@@ -37,6 +40,7 @@ from hf_distill.runner.cache_writer import write_recipe_cache
 from hf_distill.runner.datasets import prepare_data
 from hf_distill.runner.model_loading import resolve_model
 from hf_distill.runner.teacher_only import load_teacher_and_data, static_teacher_spec
+from hf_distill.teachers import Teacher
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -68,6 +72,7 @@ class Workload(NamedTuple):
 def jobs() -> Iterator[Workload]:
     """All of them."""
     yield Workload("before", 0, ["run.py", "before"])
+    yield Workload("cache_bytes", 0, ["run.py", "cache_bytes"])
     for name, seed in runs():
         yield Workload(name, seed, ["run.py", name, str(seed)])
     for seed in SEEDS:
@@ -142,9 +147,9 @@ def cell(name: str, seed: int) -> None:
     spec, output, more = CELLS[name], WORK / f"{name}-{seed}", []
     shutil.rmtree(output, ignore_errors=True)
     if spec.cache:
-        path = WORK / f"{name}-cache"
+        path = WORK / f"{name}-{seed}-cache"
         shutil.rmtree(path, ignore_errors=True)
-        write_recipe_cache(recipe_of(name, seed, output), str(path), **spec.cache)
+        write_recipe_cache(recipe_of(name, seed, output), str(path), **spec.cache, seed=seed)
         more = [f"teacher={{kind: cached, path: '{path}', source: {{model: '{TEACHER}'}}}}"]
     start = time.perf_counter()
     folder = run_recipe(recipe_of(name, seed, output, *more)).folder
@@ -152,7 +157,12 @@ def cell(name: str, seed: int) -> None:
     evidence = read_json(folder / "results.json")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     found: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(folder / "student", spec.apart)}
-    found |= {"run_seconds": seconds, "data": evidence["data"], "student": evidence.get("student"), "recipe": recipe}
+    found |= {
+        "run_seconds": seconds,
+        "data": evidence["data"],
+        "student": evidence.get("student"),
+        "recipe": recipe,
+    }
     if spec.curve:
         found |= {"curve": _curve(folder, "student"), "control_curve": _curve(folder, "control")}
     write_json(RESULTS / f"{name}-{seed}.json", found | {"environment": environment("cpu")})
@@ -182,6 +192,44 @@ def before() -> None:
     found |= {"layers": layers(), "steps": STEPS, "compute": counted(teacher, student)}
     write_json(RESULTS / "before-0.json", found | {"environment": environment("cpu")})
     shutil.rmtree(folder)
+
+
+class _RememberingTeacher:
+    """Runs a teacher once for each batch, so that several caches can be written from one pass."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher, self.model = teacher, teacher.model
+        self._signals: dict[bytes, Signals] = {}
+
+    def __call__(self, inputs: dict, targets: Targets, features: Mapping[FeatureKey, FeatureTokens], /) -> Signals:
+        key = inputs["input_ids"].numpy().tobytes()
+        if key not in self._signals:
+            self._signals[key] = self.teacher(inputs, targets, features)
+        return self._signals[key]
+
+
+def cache_bytes() -> None:
+    """Bytes per token of each cache, for the rows that all cells share."""
+    recipe = recipe_of("pure", 0, WORK / "measured")
+    teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), lambda text: None)
+    remembering, metrics = _RememberingTeacher(teacher), {}
+    for name, spec in CELLS.items():
+        if spec.cache and spec.changes == CELLS["pure"].changes:
+            with tempfile.TemporaryDirectory() as folder:
+                manifest = write_cache(
+                    folder,
+                    remembering,
+                    data.train,
+                    data.held_out,
+                    collator=data.collator,
+                    processing_class=tokenizer,
+                    batch_size=args.per_device_train_batch_size,
+                    temperature=1.0,
+                    **spec.cache,
+                )
+            metrics[name] = manifest.bytes_per_token
+    found = {"cell": "cache_bytes", "seed": 0, "metrics": metrics, "environment": environment("cpu")}
+    write_json(RESULTS / "cache_bytes-0.json", found)
 
 
 def do(job: Workload) -> str:
@@ -230,5 +278,7 @@ if __name__ == "__main__":
         main()
     elif sys.argv[1] == "before":
         before()
+    elif sys.argv[1] == "cache_bytes":
+        cache_bytes()
     else:
         cell(sys.argv[1], int(sys.argv[2]))

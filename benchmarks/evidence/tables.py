@@ -200,7 +200,14 @@ def caches(results: Results) -> str:
         "hard labels only": "hard",
     }
     mixed = {"running teacher, alpha = 0.5": "temperature_1", "12 samples, alpha = 0.5": "cache_sampled_12_half"}
-    return students(results, rows | mixed, "cache")
+    sizes = results["cache_bytes", 0]["metrics"]
+    titles = {
+        (
+            f"{title}, {sizes[cell.removesuffix('_half')]:,.1f} bytes per token" if cell.startswith("cache_") else title
+        ): cell
+        for title, cell in (rows | mixed).items()
+    }
+    return students(results, titles, "cache")
 
 
 def mixture(results: Results) -> str:
