@@ -1,0 +1,41 @@
+"""The examples for several processes: a sharded teacher on two ranks, and the options of the SLURM script."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from launching import run_on_ranks
+from peft import AutoPeftModelForCausalLM
+from tiny import build, conversation
+
+from hf_distill.recipe.smoke import byte_tokenizer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_the_script_with_a_sharded_teacher_trains_on_two_ranks(tmp_path):
+    tokenizer = byte_tokenizer()
+    for who, seed, layers in (("student", 0, 2), ("teacher", 1, 3)):
+        build("llama", seed, layers=layers, vocab=len(tokenizer)).save_pretrained(tmp_path / who)
+        tokenizer.save_pretrained(tmp_path / who)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": conversation(i)}) + "\n" for i in range(20)))
+    models = ("--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"))
+    options = (*models, "--dataset", str(tmp_path / "chats.jsonl"), "--output_dir", "out")
+    steps = ("--max_steps", "10", "--learning_rate", "1e-2", "--max_length", "128", "--held_out_share", "0.2")
+    ended = run_on_ranks(2, str(EXAMPLES / "teacher_70b_fsdp2.py"), *options, *steps, folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    before, after = re.findall(r"eval_kl: (\S+) before training, (\S+) after", ended.stdout)[0]
+    assert 0 < float(after) < float(before)
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_kl"] > 0
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_slurm_script_passes_only_options_that_its_script_has():
+    script = EXAMPLES / "multi_node.slurm"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    _, _, passed = script.read_text().partition("examples/remote_teacher.py \\\n")
+    names = set(re.findall(r"^ +(--\w+)", passed, flags=re.M))
+    known = set(re.findall(r'add_argument\("(--\w+)"', (EXAMPLES / "remote_teacher.py").read_text()))
+    assert names
+    assert names <= known
