@@ -1,4 +1,4 @@
-"""Distill a teacher that vLLM or SGLang serves: the training process holds the student alone.
+"""Distill a teacher that vLLM, SGLang or `hf-distill serve` serves: the training process holds the student alone.
 
 For: a teacher that does not fit beside the student, or that runs on another machine.
 Needs: one GPU for the student, servers for the teacher, and `pip install ".[trl]"`. Start each server with
@@ -8,6 +8,9 @@ Needs: one GPU for the student, servers for the teacher, and `pip install ".[trl
 Run with a tiny model behind a server of vLLM's protocol on a CPU by the test suite; not run with the default models.
 
     python examples/remote_teacher.py --teacher_url http://teacher-a:8000 http://teacher-b:8000
+
+`hf-distill serve MODEL` is a server too, with --teacher_api hidden: the student gets the teacher's exact distributions,
+and the evaluation reports `eval_kl`. vLLM and SGLang return those of the --top_k most probable ids.
 
 The tokenizer of the teacher must be that of the student, which is checked. The API key of the servers is read from the
 environment variable HF_DISTILL_TEACHER_API_KEY. If no server answers, training ends with a checkpoint; the same command
@@ -27,8 +30,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--student", default="Qwen/Qwen2.5-0.5B-Instruct")
 parser.add_argument("--teacher_url", nargs="+", default=["http://127.0.0.1:8000"])
 parser.add_argument("--teacher_model", help="id under which the servers serve the teacher; default: the only one")
-parser.add_argument("--teacher_api", choices=("vllm", "sglang"), default="vllm")
-parser.add_argument("--top_k", type=int, default=64)
+parser.add_argument("--teacher_api", choices=("vllm", "sglang", "hidden"), default="vllm")
+parser.add_argument("--top_k", type=int, default=64, help="not with the API hidden")
 parser.add_argument("--dataset", default="HuggingFaceTB/smol-smoltalk")
 parser.add_argument("--output_dir", default="runs/remote")
 parser.add_argument("--max_steps", type=int, default=1000)
@@ -46,7 +49,10 @@ train_rows, eval_rows = split_held_out(load_examples(arguments.dataset), argumen
 trainer = DistillSFTTrainer(
     model=student,
     teacher=RemoteTeacher(
-        arguments.teacher_url, model=arguments.teacher_model, api=arguments.teacher_api, top_k=arguments.top_k
+        arguments.teacher_url,
+        model=arguments.teacher_model,
+        api=arguments.teacher_api,
+        top_k=None if arguments.teacher_api == "hidden" else arguments.top_k,
     ),
     args=DistillSFTConfig(
         arguments.output_dir,
@@ -67,7 +73,7 @@ trainer = DistillSFTTrainer(
 before = trainer.evaluate()
 trainer.train(resume_from_checkpoint=arguments.resume or None)
 after = trainer.evaluate()
-for name in ("eval_loss", "eval_perplexity"):
+for name in [name for name in ("eval_loss", "eval_kl", "eval_perplexity") if name in after]:
     print(f"{name}: {before[name]:.4f} before training, {after[name]:.4f} after")
 trainer.save_model()
 trainer.save_metrics("eval", after)

@@ -6,7 +6,8 @@ Run with tiny models in two processes on CPUs (gloo) by the test suite; not run 
 
     torchrun --nproc_per_node 8 examples/teacher_70b_fsdp2.py --dataset HuggingFaceTB/smol-smoltalk
 
-With --teacher_placement nf4 each GPU holds the full teacher in 4 bits (`pip install ".[quant]"`).
+With --teacher_placement zero3 the teacher is sharded by DeepSpeed ZeRO-3 (`pip install ".[deepspeed]"`); with nf4 each
+GPU holds the full teacher in 4 bits (`pip install ".[quant]"`).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from hf_distill.trl import DistillSFTConfig, DistillSFTTrainer
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--student", default="meta-llama/Llama-3.1-8B-Instruct")
 parser.add_argument("--teacher", default="meta-llama/Llama-3.1-70B-Instruct")
-parser.add_argument("--teacher_placement", choices=("fsdp2", "nf4"), default="fsdp2")
+parser.add_argument("--teacher_placement", choices=("fsdp2", "zero3", "nf4"), default="fsdp2")
 parser.add_argument("--dataset", default="HuggingFaceTB/smol-smoltalk")
 parser.add_argument("--output_dir", default="runs/teacher-70b")
 parser.add_argument("--max_steps", type=int, default=1000)
@@ -43,6 +44,7 @@ trainer = DistillSFTTrainer(
     args=DistillSFTConfig(
         arguments.output_dir,
         teacher_fsdp=arguments.teacher_placement == "fsdp2",
+        teacher_deepspeed="zero3-teacher.json" if arguments.teacher_placement == "zero3" else None,  # packaged
         teacher_init_kwargs={"dtype": dtype, **quantization},
         max_steps=arguments.max_steps,
         per_device_train_batch_size=arguments.batch_size,

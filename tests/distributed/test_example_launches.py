@@ -5,6 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from launching import run_on_ranks
 from peft import AutoPeftModelForCausalLM
 from tiny import build, conversation
@@ -14,14 +15,23 @@ from hf_distill.recipe.smoke import byte_tokenizer
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_the_script_with_a_sharded_teacher_trains_on_two_ranks(tmp_path):
+@pytest.mark.parametrize("placement", ["fsdp2", "zero3"])
+def test_the_script_with_a_sharded_teacher_trains_on_two_ranks(tmp_path, placement):
     tokenizer = byte_tokenizer()
     for who, seed, layers in (("student", 0, 2), ("teacher", 1, 3)):
         build("llama", seed, layers=layers, vocab=len(tokenizer)).save_pretrained(tmp_path / who)
         tokenizer.save_pretrained(tmp_path / who)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": conversation(i)}) + "\n" for i in range(20)))
     models = ("--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"))
-    options = (*models, "--dataset", str(tmp_path / "chats.jsonl"), "--output_dir", "out")
+    options = (
+        *models,
+        "--dataset",
+        str(tmp_path / "chats.jsonl"),
+        "--output_dir",
+        "out",
+        "--teacher_placement",
+        placement,
+    )
     steps = ("--max_steps", "10", "--learning_rate", "1e-2", "--max_length", "128", "--held_out_share", "0.2")
     ended = run_on_ranks(2, str(EXAMPLES / "teacher_70b_fsdp2.py"), *options, *steps, folder=tmp_path)
     assert ended.returncode == 0, ended.stderr[-4000:]

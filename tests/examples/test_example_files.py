@@ -11,6 +11,7 @@ import pytest
 from example_scripts import WORDS, bert, sentence
 from example_scripts import tokenizer as word_tokenizer
 from PIL import Image
+from servers.hidden_server import HiddenServer
 from servers.teacher_servers import VLLMServer
 from tiny import build, conversation
 from transformers import (
@@ -90,6 +91,15 @@ def test_the_remote_script_trains_from_two_servers(run_example, chats, tmp_path)
         options = ("--student", student, "--teacher_url", one.url, two.url, "--dataset", chats, "--top_k", "8")
         improved(run_example("remote_teacher.py", *options, "--max_length", "128"), "eval_loss")
         assert all(server.bodies("/v1/completions") for server in (one, two))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_remote_script_trains_from_a_server_of_hidden_states(run_example, chats, tmp_path):
+    student = save_model(tmp_path / "student", 0, 2)
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "teacher", 1, 3, width=48))
+    with HiddenServer(model, tmp_path / "served", tokenizer=byte_tokenizer()) as server:
+        options = ("--student", student, "--teacher_url", server.url, "--teacher_api", "hidden", "--dataset", chats)
+        improved(run_example("remote_teacher.py", *options, "--max_length", "128"), "eval_kl")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
