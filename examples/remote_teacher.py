@@ -63,6 +63,7 @@ trainer = DistillSFTTrainer(
         temperature=1.0,  # servers return log-probabilities at temperature 1
         alpha=0.5,
         bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=10,
         report_to="none",
     ),
@@ -73,7 +74,8 @@ trainer = DistillSFTTrainer(
 before = trainer.evaluate()
 trainer.train(resume_from_checkpoint=arguments.resume or None)
 after = trainer.evaluate()
-for name in [name for name in ("eval_loss", "eval_kl", "eval_perplexity") if name in after]:
-    print(f"{name}: {before[name]:.4f} before training, {after[name]:.4f} after")
+if trainer.is_world_process_zero():
+    for name in [name for name in ("eval_loss", "eval_kl", "eval_perplexity") if name in after]:
+        print(f"{name}: {before[name]:.4f} before training, {after[name]:.4f} after")
 trainer.save_model()
 trainer.save_metrics("eval", after)
