@@ -98,11 +98,13 @@ def forward_with_loss(
     plan = plan_aux_losses(model, inputs, partial(_run_rows, model, targets, head), targets)
     aux, is_lazy = AuxLosses(model, inputs, plan), not (keep_logits or plan.needs_logits)
     aux_losses: list[Tensor | None] = []
+    exact_losses: list[Tensor] = []  # before wrappers such as FSDP2 with bf16 cast the output of the head
 
     def run_fused_loss(student_logits: LazyLogits) -> Tensor:
         further_loss = before_loss(student_logits)
         loss = chunked_loss.from_hidden(student_logits)
         head_losses.append(loss if further_loss is None else loss + further_loss)
+        exact_losses.append(head_losses[-1].detach())
         # The head returns the loss in the shape of logits. FSDP2 warns about views, whose hooks can be lost.
         return head_losses[-1].reshape(1, 1, 1).clone()
 
@@ -140,6 +142,8 @@ def forward_with_loss(
     if loss is None:
         loss = chunked_loss.from_logits(DenseLogits(targets.gather_logits(outputs["logits"])))
     loss = loss.reshape(())
+    if exact_losses and loss.dtype != exact_losses[-1].dtype:
+        loss = exact_losses[-1] + (loss - loss.detach()).to(exact_losses[-1].dtype)
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()

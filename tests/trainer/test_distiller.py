@@ -245,3 +245,20 @@ def test_classifiers_with_different_numbers_of_classes_raise_an_error(is_multi_t
         batch["labels"] %= 2
         with pytest.raises(DistillError, match="The teacher returns logits of 5 classes and the student of 2"):
             distiller(two_class_model, teacher, batch)
+
+
+def test_a_wrapper_that_casts_the_output_of_the_head_does_not_round_the_loss():
+    """FSDP2 with bf16 casts what its modules return, and the output head returns the loss."""
+    student, teacher, batch = build("llama", 0), FrozenTeacher(build("llama", 1)), collate(rows("llama", 4))
+    results = []
+    for casts in (False, True):
+        hook = student.lm_head.register_forward_hook(lambda *call: call[2].bfloat16()) if casts else None
+        student.zero_grad()
+        loss = Distiller(objective(0.5, 2.0))(student, teacher, dict(batch)).loss
+        loss.backward()
+        results.append((loss.detach(), student.model.embed_tokens.weight.grad.clone()))
+        if hook is not None:
+            hook.remove()
+    assert results[1][0].dtype == torch.float32
+    assert results[1][0] == results[0][0]
+    assert torch.equal(results[1][1], results[0][1])
