@@ -7,7 +7,7 @@ Run with tiny models on a CPU by the test suite; not run with the default models
     python examples/draft_model.py --teacher Qwen/Qwen2.5-7B-Instruct --output_dir runs/draft
 
 The student is trained on the teacher's distribution alone (alpha 1, temperature 1), with which drafted tokens are
-compared. A useful draft model needs millions of tokens, best of text that the teacher wrote (sequence_level.py).
+compared. A useful draft model needs millions of tokens, best of text that the teacher wrote (docs/sequence-level.md).
 """
 
 import argparse
