@@ -43,7 +43,7 @@ def load() -> tuple[Any, Any]:
 
 
 def prepare(file: Path = FILE) -> None:
-    """Write ids of prompts and of the answers of data and teacher, and the blocks of the student, unless there."""
+    """Write the ids of prompts and answers, and the blocks of the student, unless the file exists."""
     if file.is_file():
         return
     model, tokenizer = load()
@@ -113,7 +113,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def accuracy(model: Any, rows: list[dict]) -> float:
-    """Share of the questions whose answer in the data is more probable, per token, than the answers to others."""
+    """Return the share of questions whose answer in the data is more probable, per token, than answers to others."""
     correct = 0
     for number, row in enumerate(rows):
         others = [rows[(number + 7 * i) % len(rows)]["data"] for i in range(CHOICES)]

@@ -1,4 +1,4 @@
-"""The cards of the students that are kept, as `hf-distill publish` writes them, against a Hub on loopback."""
+"""Write model cards of the students as `hf-distill publish` does, with a Hub server on the loopback address."""
 
 import os
 import subprocess
@@ -15,27 +15,31 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 
 def cards(work: Path) -> None:
-    """Write those of the students that lie in `work`."""
+    """Write the missing cards of the students in `work`."""
     for cell, spec in CELLS.items():
         if spec.card and (work / f"{cell}-0" / "student").is_dir() and not (CARDS / spec.card / "README.md").is_file():
             publish(work / f"{cell}-0", spec.card)
 
 
 def publish(run: Path, name: str) -> None:
-    """Diagnose a run, report on it, publish its student, and keep what came up beside the weights."""
+    """Diagnose a run, write its report, publish its student, and copy the uploaded files except the weights."""
     from hub_server import Hub
 
     with tempfile.TemporaryDirectory() as home, Hub() as hub:
         hub.user, repo = "you", f"you/{name}"
         hub.put("models", BASE, {"README.md": b"---\nlicense: apache-2.0\n---\n"})
-        for words in (["diagnose", str(run)], ["report", str(run)], ["publish", str(run), repo, "--base-model", BASE]):
-            command = [sys.executable, "-m", "hf_distill", *words]
-            # A diagnosis that finds something says so by its exit code.
+        for arguments in (
+            ["diagnose", str(run)],
+            ["report", str(run)],
+            ["publish", str(run), repo, "--base-model", BASE],
+        ):
+            command = [sys.executable, "-m", "hf_distill", *arguments]
+            # The exit code of a diagnosis with findings is not 0.
             code = subprocess.run(command, env=os.environ | hub.environment(Path(home)), cwd=ROOT).returncode
-            if code and words[0] != "diagnose":
-                raise RuntimeError(f"{' '.join(words)} ended with {code}")
-        held = hub.repos["models", repo]
-        for path, content in held.commits[held.branches["main"]].items():
+            if code and arguments[0] != "diagnose":
+                raise RuntimeError(f"{' '.join(arguments)} ended with {code}")
+        published = hub.repos["models", repo]
+        for path, content in published.commits[published.branches["main"]].items():
             if path in ("README.md", "distillation.json") or path.startswith("figures/"):
                 file = CARDS / name / path
                 file.parent.mkdir(parents=True, exist_ok=True)

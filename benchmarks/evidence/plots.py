@@ -1,4 +1,4 @@
-"""The pictures of docs/evidence.md, drawn from the results."""
+"""Draw the pictures of docs/evidence.md from the results."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
 
 
 def draw(results: Results) -> None:
-    """All of them, as PNG."""
+    """Write all pictures as PNG files."""
     for picture in (labels, temperatures, tokens, peers):
         picture(results).savefig(PICTURES / f"evidence_{picture.__name__}.png", dpi=110)
 
 
 def labels(results: Results):
-    """Perplexity and KL of every seed."""
+    """Return a figure of perplexity and KL of every seed."""
     cells = {"hard labels": "hard", "distilled": "distilled", "+ hidden": "hidden", "+ attention": "attention"}
     cells |= {"T = 1, alpha = 1": "pure"}
     figure, both = axes("Every seed of five ways to train", "", "held-out perplexity", width=9, count=2)
@@ -32,28 +32,28 @@ def labels(results: Results):
 
 
 def temperatures(results: Results):
-    """Perplexity and KL over T, and over alpha."""
+    """Return a figure of perplexity and KL over T, and over alpha."""
     figure, both = axes("Temperature and alpha", "", "held-out perplexity", width=9, count=2)
     for axis, cells, name in ((both[0], BY_TEMPERATURE, "T, at alpha = 0.5"), (both[1], BY_ALPHA, "alpha, at T = 2")):
-        found = {x: of(results, cell)[0] for x, cell in cells.items() if of(results, cell)}
-        axis.plot([*found], [metrics["perplexity"] for metrics in found.values()], "o-", color=COLORS["student"])
+        by_value = {x: of(results, cell)[0] for x, cell in cells.items() if of(results, cell)}
+        axis.plot([*by_value], [metrics["perplexity"] for metrics in by_value.values()], "o-", color=COLORS["student"])
         axis.set_xlabel(name)
         right = axis.twinx()
-        right.plot([*found], [metrics["kl"] for metrics in found.values()], "s--", color=COLORS["teacher"])
+        right.plot([*by_value], [metrics["kl"] for metrics in by_value.values()], "s--", color=COLORS["teacher"])
         right.grid(False)
     right.set_ylabel("KL to the teacher (dashed), nats/token")
     return figure
 
 
 def tokens(results: Results):
-    """Perplexity over tokens, with and without a teacher."""
+    """Return a figure of perplexity over tokens, with and without a teacher."""
     run = results["long", 0]
-    each = tokens_a_step(run)
+    step_tokens = tokens_a_step(run)
     figure, (axis,) = axes("Tokens against quality", "tokens", "held-out perplexity")
     for name, curve in (("student", "curve"), ("control", "control_curve")):
         points = [point for point in run[curve] if point["step"]]
         title = "distilled" if name == "student" else "hard labels alone"
-        x, y = [each * point["step"] for point in points], [point["perplexity"] for point in points]
+        x, y = [step_tokens * point["step"] for point in points], [point["perplexity"] for point in points]
         axis.plot(x, y, "o-", color=COLORS[name], label=title)
     axis.axhline(results["before", 0]["metrics"]["teacher_perplexity"], color=COLORS["teacher"], label="teacher")
     axis.legend()
@@ -61,15 +61,15 @@ def tokens(results: Results):
 
 
 def peers(results: Results):
-    """Pace and memory of every seed."""
-    who = {"ours, KL": "ours_kl", "GKD, KL": "gkd_kl", "ours, JSD": "ours_js", "GKD, JSD": "gkd_js", "SFT": "trl_sft"}
+    """Return a figure of speed and memory of every seed, compared with TRL."""
+    peers = {"ours, KL": "ours_kl", "GKD, KL": "gkd_kl", "ours, JSD": "ours_js", "GKD, JSD": "gkd_js", "SFT": "trl_sft"}
     figure, both = axes("Beside TRL, every seed", "", "tokens/s", width=9, count=2)
     both[1].set_ylabel("peak, MiB over what stays")
     for axis, key in zip(both, ("tokens_per_second", "peak_mib_over_what_stays"), strict=True):
-        for place, cell in enumerate(who.values()):
+        for place, cell in enumerate(peers.values()):
             values = [metrics[key] for metrics in of(results, f"peer_{cell}")]
             colour = COLORS["student" if cell.startswith("ours") else "control"]
             axis.plot([place] * len(values), values, "o", color=colour, alpha=0.8)
-        axis.set_xticks(range(len(who)), who, rotation=20, ha="right")
+        axis.set_xticks(range(len(peers)), peers, rotation=20, ha="right")
         axis.set_ylim(bottom=0)
     return figure

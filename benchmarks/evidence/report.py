@@ -1,4 +1,4 @@
-"""docs/evidence.md from the template and the results: python report.py."""
+"""Write docs/evidence.md from the template and the results: python report.py."""
 
 import re
 from pathlib import Path
@@ -17,24 +17,24 @@ DOCUMENT = HERE.parent.parent / "docs" / "evidence.md"
 
 
 def results() -> dict[tuple[str, int], dict[str, Any]]:
-    """What was run, by cell and seed."""
-    found = [read_json(file) for file in sorted(RESULTS.glob("*.json"))]
-    return {(result["cell"], result["seed"]): result for result in found}
+    """Return the results by cell and seed."""
+    contents = [read_json(file) for file in sorted(RESULTS.glob("*.json"))]
+    return {(result["cell"], result["seed"]): result for result in contents}
 
 
 def render() -> str:
-    """The template with its tables."""
-    found = results()
+    """Return the template with its tables filled in."""
+    all_results = results()
 
     def table(match: re.Match[str]) -> str:
-        made: Any = claims if match[1] == "claims" else getattr(tables, match[1])
-        return made(found)
+        make_table: Any = claims if match[1] == "claims" else getattr(tables, match[1])
+        return make_table(all_results)
 
     return re.sub(r"\{\{(\w+)\}\}", table, (HERE / "template.md").read_text())
 
 
 def write() -> None:
-    """The page, and its pictures."""
+    """Write the page and its pictures."""
     draw(results())
     write_atomic(DOCUMENT, render())
 

@@ -1,6 +1,7 @@
-"""Run what is missing of the evidence, then write docs/evidence.md: python run.py (`make evidence`).
+"""Run the experiments whose results are missing, then write docs/evidence.md: python run.py (`make evidence`).
 
-Each cell is a process of its own, and leaves results/evidence/CELL-SEED.json; what is there is not run again.
+Each cell runs in a separate process that writes results/evidence/CELL-SEED.json. A cell whose file exists is
+not run again.
 """
 
 import json
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from cards import cards
-from cells import BLOCKS, CELLS, NARROW_AND_SHALLOW, PEERS, SEEDS, STEPS, TEACHER, answer_runs, per_example_scores, runs
+from cells import BLOCKS, CELLS, NARROW_AND_SHALLOW, PEERS, SEEDS, STEPS, TEACHER, answer_runs, recipe_values, runs
 from compute import counted
 from report import RESULTS, write
 from texts import prepare
@@ -44,9 +45,11 @@ from hf_distill.teachers import Teacher
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-WORK = Path("runs/evidence")  # of the root, where all of it runs: recipes and cards name no folder above
+WORK = Path(
+    "runs/evidence"
+)  # relative to the root, where all cells run, so that recipes and cards contain no absolute path
 TEXTS = WORK / "texts"
-# A core each; what a step frees is kept for the next one, which would otherwise ask the system for it anew.
+# One core for each cell. The allocator keeps freed memory for the next step instead of returning it to the system.
 _ONE_CORE = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
@@ -56,7 +59,7 @@ _ONE_CORE = {
 
 
 class Workload(NamedTuple):
-    """A result: the script that makes it, its arguments, and whether it has the machine to itself."""
+    """A result: the script that makes it, its arguments, and whether it runs while no other one does."""
 
     cell: str
     seed: int
@@ -65,12 +68,12 @@ class Workload(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """Where it is written down."""
+        """The file of the result."""
         return RESULTS / f"{self.cell}-{self.seed}.json"
 
 
 def jobs() -> Iterator[Workload]:
-    """All of them."""
+    """Yield the workloads of all results."""
     yield Workload("before", 0, ["run.py", "before"])
     yield Workload("cache_bytes", 0, ["run.py", "cache_bytes"])
     for name, seed in runs():
@@ -83,22 +86,22 @@ def jobs() -> Iterator[Workload]:
     for name, seed in answer_runs():
         yield Workload(f"answers_{name}", seed, ["answers.py", name, str(seed)])
     for seed in SEEDS:
-        for who in PEERS:
-            yield Workload(f"peer_{who}", seed, ["peers.py", who, str(seed)], alone=True)
+        for peer in PEERS:
+            yield Workload(f"peer_{peer}", seed, ["peers.py", peer, str(seed)], alone=True)
 
 
 def recipe_of(name: str, seed: int, output: Path, *more: str) -> Any:
-    """A cell's recipe."""
+    """Return the recipe of a cell."""
     start = random_start() if "start=random" in CELLS[name].changes else None
-    values, changes = per_example_scores(name, seed, TEXTS, layers(), output, start)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # its own: cells run side by side
+    values, changes = recipe_values(name, seed, TEXTS, layers(), output, start)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:  # a separate file, because cells run concurrently
         yaml.safe_dump(values, file)
         file.flush()
         return load_recipe(file.name, [*changes, *more])
 
 
 def layers() -> list[int]:
-    """The blocks that every student keeps: those that change what passes them most, over the first training rows."""
+    """Return the blocks that every student keeps: those of the highest block influence on the first training rows."""
     file = WORK / "layers.json"
     if not file.is_file():
         path = resolve_model(TEACHER)
@@ -110,7 +113,7 @@ def layers() -> list[int]:
 
 
 def random_start() -> Path:
-    """A student of the shape that is pruned in depth and width, with random weights."""
+    """Return the folder of a student with random weights, in the shape that is pruned in depth and width."""
     folder = WORK / "random"
     if not folder.is_dir():
         path = resolve_model(TEACHER)
@@ -123,14 +126,14 @@ def random_start() -> Path:
 
 
 def measure(student: Path, apart: bool = False) -> dict[str, float]:
-    """A student's held-out figures beside the teacher in full precision, whoever taught it."""
+    """Return held-out metrics of a student, measured with the teacher in full precision whichever one trained it."""
     recipe = recipe_of("distilled", 0, WORK / "measured", "control=null")
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), lambda text: None)
     args.report_to, args.remove_unused_columns = [], False
     model = AutoModelForCausalLM.from_pretrained(student)
     tools = {"data_collator": data.collator, "processing_class": tokenizer}
     trainer = DistillTrainer(model, args, teacher=teacher, eval_dataset=data.held_out, **tools)
-    found = {}
+    results: dict[str, float] = {}
     for kind in ("", "general", "technical") if apart else ("",):
         rows = data.held_out
         if kind:
@@ -138,12 +141,12 @@ def measure(student: Path, apart: bool = False) -> dict[str, float]:
             rows = prepare_data(recipe, tokenizer, 0, 1).held_out
         metrics = held_out_metrics(trainer.evaluate(rows))
         keys = ("perplexity", "kl", "agreement", "teacher_perplexity")
-        found |= {f"{kind}_{key}" if kind else key: metrics[key] for key in keys}
-    return found
+        results |= {f"{kind}_{key}" if kind else key: metrics[key] for key in keys}
+    return results
 
 
 def cell(name: str, seed: int) -> None:
-    """Run one, and write down what came of it."""
+    """Run a cell with a seed, and write its result."""
     spec, output, more = CELLS[name], WORK / f"{name}-{seed}", []
     shutil.rmtree(output, ignore_errors=True)
     if spec.cache:
@@ -154,43 +157,43 @@ def cell(name: str, seed: int) -> None:
     start = time.perf_counter()
     folder = run_recipe(recipe_of(name, seed, output, *more)).folder
     seconds = time.perf_counter() - start
-    evidence = read_json(folder / "results.json")
+    run_results = read_json(folder / "results.json")
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    found: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(folder / "student", spec.apart)}
-    found |= {
+    result: dict[str, Any] = {"cell": name, "seed": seed, "metrics": measure(folder / "student", spec.apart)}
+    result |= {
         "run_seconds": seconds,
-        "data": evidence["data"],
-        "student": evidence.get("student"),
+        "data": run_results["data"],
+        "student": run_results.get("student"),
         "recipe": recipe,
     }
     if spec.curve:
-        found |= {"curve": _curve(folder, "student"), "control_curve": _curve(folder, "control")}
-    write_json(RESULTS / f"{name}-{seed}.json", found | {"environment": environment("cpu")})
+        result |= {"curve": _curve(folder, "student"), "control_curve": _curve(folder, "control")}
+    write_json(RESULTS / f"{name}-{seed}.json", result | {"environment": environment("cpu")})
     if not (spec.card and seed == 0):
         shutil.rmtree(output)
 
 
 def _curve(folder: Path, run: str) -> list[dict[str, float]]:
-    """Held-out figures on the way; without a teacher the loss alone is told, which is the cross entropy."""
+    """Return the metrics of evaluations during training; without a teacher, the loss is the cross entropy."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    found = {line["step"]: held_out_metrics(line) for line in lines if line["run"] == run and "eval_loss" in line}
+    by_step = {line["step"]: held_out_metrics(line) for line in lines if line["run"] == run and "eval_loss" in line}
     keys = ("perplexity", "kl", "agreement")
     return [
         {"step": step, "perplexity": exp(value["loss"])} | {key: value[key] for key in keys if key in value}
-        for step, value in found.items()
+        for step, value in by_step.items()
     ]
 
 
 def before() -> None:
-    """The student as it is cut, which all cells begin with."""
+    """Measure the pruned student before training, from which all cells start."""
     path, folder = resolve_model(TEACHER), WORK / "before"
     teacher = AutoModelForCausalLM.from_pretrained(path)
     cut_student(teacher, layers()).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path).save_pretrained(folder)
-    found: dict[str, Any] = {"cell": "before", "seed": 0, "metrics": measure(folder)}
+    result: dict[str, Any] = {"cell": "before", "seed": 0, "metrics": measure(folder)}
     student = AutoModelForCausalLM.from_pretrained(folder)
-    found |= {"layers": layers(), "steps": STEPS, "compute": counted(teacher, student)}
-    write_json(RESULTS / "before-0.json", found | {"environment": environment("cpu")})
+    result |= {"layers": layers(), "steps": STEPS, "compute": counted(teacher, student)}
+    write_json(RESULTS / "before-0.json", result | {"environment": environment("cpu")})
     shutil.rmtree(folder)
 
 
@@ -209,7 +212,7 @@ class _RememberingTeacher:
 
 
 def cache_bytes() -> None:
-    """Bytes per token of each cache, for the rows that all cells share."""
+    """Write each cache of the rows that all cells share, and record its bytes per token."""
     recipe = recipe_of("pure", 0, WORK / "measured")
     teacher, data, tokenizer, args = load_teacher_and_data(recipe, static_teacher_spec(recipe), lambda text: None)
     remembering, metrics = _RememberingTeacher(teacher), {}
@@ -228,19 +231,19 @@ def cache_bytes() -> None:
                     **spec.cache,
                 )
             metrics[name] = manifest.bytes_per_token
-    found = {"cell": "cache_bytes", "seed": 0, "metrics": metrics, "environment": environment("cpu")}
-    write_json(RESULTS / "cache_bytes-0.json", found)
+    result = {"cell": "cache_bytes", "seed": 0, "metrics": metrics, "environment": environment("cpu")}
+    write_json(RESULTS / "cache_bytes-0.json", result)
 
 
 def do(job: Workload) -> str:
-    """Run a job in a process of its own; what came of it, in a line."""
+    """Run a workload in a separate process, and return its result as a line of text."""
     start = time.perf_counter()
     settings = dict(os.environ) | ({} if job.alone else _ONE_CORE)
     command = [sys.executable, str(HERE / job.script[0]), *job.script[1:]]
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{job.cell}, seed {job.seed}:\n{done.stderr[-4000:]}")
-    if not job.file.is_file():  # what is no recipe prints its figures
+    if not job.file.is_file():  # a script that runs no recipe prints its metrics
         metrics = json.loads(done.stdout.strip().splitlines()[-1])
         versions = environment("cpu") | {package: version(package) for package in ("trl", "peft")}
         write_json(job.file, {"cell": job.cell, "seed": job.seed, "metrics": metrics, "environment": versions})
@@ -249,7 +252,7 @@ def do(job: Workload) -> str:
 
 
 def main() -> None:
-    """All that is missing: side by side, then those whose pace and memory are measured, one at a time."""
+    """Run the missing workloads: concurrently, and then one at a time those that measure speed and memory."""
     os.chdir(ROOT)
     missing = [job for job in jobs() if not job.file.is_file()]
     if missing:

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, each a pure function of results: what the template names in double braces."""
+"""The tables of docs/evidence.md: `{{name}}` in the template is replaced by what the function `name` returns."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import log
@@ -11,19 +11,19 @@ Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def of(results: Results, cell: str) -> list[Mapping[str, Any]]:
-    """A cell's metrics for each seed."""
+    """Return the metrics of a cell, one entry for each seed."""
     return [result["metrics"] for (name, _), result in sorted(results.items()) if name == cell]
 
 
 def closed(results: Results, perplexity: float) -> float:
-    """Share of the gap in nats per token between the pruned student before training and the teacher."""
+    """Return the share of the gap in nats per token that is closed, from the student before training to the teacher."""
     before = results["before", 0]["metrics"]
     start, end = log(before["perplexity"]), log(before["teacher_perplexity"])
     return (start - log(perplexity)) / (start - end)
 
 
 def spread(values: Sequence[float], digits: int, percent: bool = False) -> str:
-    """The mean, and the lowest and highest of several."""
+    """Return the mean as text, with minimum and maximum if there are several values."""
     scale, sign = (100, " %") if percent else (1, "")
     mean_text = f"{scale * sum(values) / len(values):,.{digits}f}{sign}"
     if len(values) == 1:
@@ -32,38 +32,42 @@ def spread(values: Sequence[float], digits: int, percent: bool = False) -> str:
 
 
 def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    every = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in every)
+    """Return a table in Markdown."""
+    all_rows = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in all_rows)
 
 
 def students(results: Results, rows: Mapping[str, str], first: str = " ", seeds: int = 1) -> str:
-    """Held-out metrics of students by title and cell, of all seeds or of the first one only."""
+    """Return a table of held-out metrics of students, with a row for each title and its cell, over the first seeds."""
 
     def row(title: str, cell: str) -> list[str]:
-        found = of(results, cell)[:seeds]
+        by_seed = of(results, cell)[:seeds]
         parts = (("perplexity", 2), ("kl", 4), ("agreement", 3))
-        spreads = [spread([metrics[key] for metrics in found], digits) for key, digits in parts]
-        return [title, *spreads, spread([closed(results, metrics["perplexity"]) for metrics in found], 1, percent=True)]
+        spreads = [spread([metrics[key] for metrics in by_seed], digits) for key, digits in parts]
+        return [
+            title,
+            *spreads,
+            spread([closed(results, metrics["perplexity"]) for metrics in by_seed], 1, percent=True),
+        ]
 
     head = (first, "perplexity", "KL to teacher", "agreement", "gap closed")
     return lines(head, [row(title, cell) for title, cell in rows.items() if of(results, cell)])
 
 
 def tokens_a_step(run: Mapping[str, Any]) -> float:
-    """Of a run's recipe and rows."""
+    """Return the mean number of tokens in a step of a run."""
     return run["recipe"]["train"]["per_device_train_batch_size"] * run["data"]["tokens_per_row"]
 
 
 def setting(results: Results) -> str:
-    """How long each student is trained."""
+    """Return the number of steps, rows and tokens that each student is trained with, as text."""
     run = results["distilled", 0]
     batch, length = run["recipe"]["train"]["per_device_train_batch_size"], run["data"]["tokens_per_row"]
     return f"{run['recipe']['train']['max_steps']} steps of {batch} rows of {length:.0f} tokens"
 
 
 def labels(results: Results) -> str:
-    """Hard labels, soft labels, features."""
+    """Return the table of hard labels, soft labels and features."""
     rows = {
         "pruned, before training": "before",
         "hard labels only": "hard",
@@ -77,41 +81,41 @@ def labels(results: Results) -> str:
 
 
 def shapes(results: Results) -> str:
-    """Students of equal size by shape, with the teacher and with hard labels only."""
+    """Return the table of students of equal size by shape, with the teacher and with hard labels only."""
     rows = {title: distilled for title, (distilled, _) in SHAPES.items()}
     rows |= {f"{title}; hard labels only": hard for title, (_, hard) in SHAPES.items()}
     return students(results, rows, "81 million parameters", seeds=3)
 
 
 def rates(results: Results) -> str:
-    """The learning rate, chosen by what suits hard labels."""
+    """Return the table of learning rates with hard labels only."""
     rows = {"4e-4": "hard_4e-4", "8e-4, used": "hard", "16e-4": "hard_16e-4"}
     return students(results, rows, "hard labels only, learning rate")
 
 
 def temperatures(results: Results) -> str:
-    """T at alpha = 0.5."""
+    """Return the table of temperatures at alpha = 0.5."""
     return students(results, {str(t): cell for t, cell in BY_TEMPERATURE.items()}, "T, alpha = 0.5")
 
 
 def alphas(results: Results) -> str:
-    """Alpha at T = 2."""
+    """Return the table of alpha at T = 2."""
     return students(results, {str(a): cell for a, cell in BY_ALPHA.items()}, "alpha, T = 2")
 
 
 def divergences(results: Results) -> str:
-    """At T = 1 and alpha = 1, equal tokens."""
+    """Return the table of divergences at T = 1 and alpha = 1, with equal tokens."""
     names = ("reverse_kl", "js", "skew_kl", "total_variation", "adaptive_kl")
     return students(results, {"forward_kl": "pure"} | {name: name for name in names}, "divergence")
 
 
 def quantised(results: Results) -> str:
-    """Students of quantized teachers."""
+    """Return the table of students of quantized teachers."""
     return students(results, {"float32": "distilled", "INT8": "teacher_int8", "NF4": "teacher_nf4"}, "teacher")
 
 
 def chains(results: Results) -> str:
-    """Progressive distillation."""
+    """Return the table of progressive distillation."""
     rows = {
         "30 → 15 blocks": "distilled",
         "30 → 25 → 20 → 15, the same total tokens": "progressive",
@@ -121,7 +125,7 @@ def chains(results: Results) -> str:
 
 
 def moving(results: Results) -> str:
-    """Online and self-distillation."""
+    """Return the table of online and self-distillation."""
     rows = {
         "none: hard labels only": "hard",
         "frozen": "distilled",
@@ -135,22 +139,22 @@ def moving(results: Results) -> str:
 
 
 def fall(curve: Sequence[Mapping[str, float]]) -> list[float]:
-    """Of the nats a token that a run takes off, the share that is gone at each point."""
+    """Return the share of the whole improvement of a run, in nats per token, that is reached at each point."""
     nats = [log(point["perplexity"]) for point in curve]
-    return [(nats[0] - one) / (nats[0] - nats[-1]) for one in nats]
+    return [(nats[0] - value) / (nats[0] - nats[-1]) for value in nats]
 
 
 def tokens(results: Results) -> str:
-    """Quality over tokens, of one run and of its control."""
+    """Return the table of quality over training tokens of a long run and its control."""
     run = results["long", 0]
-    each = tokens_a_step(run)
+    step_tokens = tokens_a_step(run)
     control = {point["step"]: point for point in run["control_curve"]}
     rows = []
     for point, share_of in zip(run["curve"], fall(run["curve"]), strict=True):
         step = point["step"]
         hard = f"{control[step]['perplexity']:.2f}" if step in control else ""
         figures = (f"{point['perplexity']:.2f}", f"{point['kl']:.4f}", f"{100 * share_of:.0f} %", hard)
-        rows.append((f"{step * each:,.0f}", f"{100 * step / run['curve'][-1]['step']:.0f} %", *figures))
+        rows.append((f"{step * step_tokens:,.0f}", f"{100 * step / run['curve'][-1]['step']:.0f} %", *figures))
     head = (
         "tokens",
         "share of tokens",
@@ -163,7 +167,7 @@ def tokens(results: Results) -> str:
 
 
 def compute(results: Results) -> str:
-    """FLOP by rule, and the share of the student's own pretraining on 2e12 tokens."""
+    """Return the table of FLOP by the rule of thumb, and their share of pretraining the student on 2e12 tokens."""
     pair, steps = results["before", 0]["compute"], results["before", 0]["steps"]
     run = results["distilled", 0]
     here = steps * tokens_a_step(run)
@@ -189,7 +193,7 @@ def compute(results: Results) -> str:
 
 
 def caches(results: Results) -> str:
-    """Teacher caches and the running teacher, at T = 1 and alpha = 1."""
+    """Return the table of teacher caches and the running teacher, at T = 1 and alpha = 1."""
     rows = {
         "none: running teacher": "pure",
         "hidden states": "cache_hidden",
@@ -211,21 +215,21 @@ def caches(results: Results) -> str:
 
 
 def mixture(results: Results) -> str:
-    """Perplexity on each kind of text, by what was trained on."""
+    """Return the table of perplexity on each kind of text, by the text that was trained on."""
     titles = {"documentation only": "technical", "0.7 and 0.3": "mixed", "addresses only": "general"}
     kinds = ("technical", "general")
-    found = {title: of(results, cell)[0] for title, cell in titles.items() if of(results, cell)}
-    rows = [(title, *(f"{run[f'{kind}_perplexity']:.2f}" for kind in kinds)) for title, run in found.items()]
+    runs = {title: of(results, cell)[0] for title, cell in titles.items() if of(results, cell)}
+    rows = [(title, *(f"{run[f'{kind}_perplexity']:.2f}" for kind in kinds)) for title, run in runs.items()]
     return lines(("trained on", "documentation", "addresses"), rows)
 
 
-def peers_of(results: Results, who: str) -> list[Mapping[str, Any]]:
-    """Each seed's figures of a contestant."""
-    return of(results, f"peer_{who}")
+def peers_of(results: Results, peer: str) -> list[Mapping[str, Any]]:
+    """Return the metrics of one of the compared trainers, one entry for each seed."""
+    return of(results, f"peer_{peer}")
 
 
 def peers(results: Results) -> str:
-    """The same rows, order, start and tokens; pace and peaks of the processes that trained."""
+    """Return the table of trainers compared on the same rows, order, initial student and tokens."""
     titles = {
         "ours_kl": "DistillSFTTrainer, forward KL",
         "gkd_kl": "TRL GKDTrainer, forward KL",
@@ -235,26 +239,26 @@ def peers(results: Results) -> str:
     }
     parts = (("perplexity", 2), ("kl", 4), ("tokens_per_second", 0), ("peak_mib_over_what_stays", 0))
     rows = []
-    for who, title in titles.items():
-        if runs := peers_of(results, who):
+    for peer, title in titles.items():
+        if runs := peers_of(results, peer):
             rows.append((title, *(spread([run[key] for run in runs], digits) for key, digits in parts)))
     return lines((" ", "perplexity", "KL to teacher", "tokens/s", "peak, MiB beyond weights and optimizer"), rows)
 
 
 def encoder(results: Results) -> str:
-    """Accuracy on held-out rows of five topics."""
+    """Return the table of accuracy on held-out rows of five topics."""
     titles = {"teacher": "teacher, 6 layers", "student": "student, 2 layers", "control": "the same, hard labels only"}
     runs, rows = of(results, "encoder"), []
-    for who, title in titles.items():
+    for role, title in titles.items():
         if runs:
-            kept = spread([run[who] / run["teacher"] for run in runs], 1, percent=True)
-            size = f"{runs[0][f'{who}_parameters'] / 1e6:.1f} M"
-            rows.append((title, size, spread([run[who] for run in runs], 3), kept))
+            relative_accuracy = spread([run[role] / run["teacher"] for run in runs], 1, percent=True)
+            size = f"{runs[0][f'{role}_parameters'] / 1e6:.1f} M"
+            rows.append((title, size, spread([run[role] for run in runs], 3), relative_accuracy))
     return lines((" ", "parameters", "accuracy", "relative to the teacher"), rows)
 
 
 def answers(results: Results) -> str:
-    """Sequence-level distillation: who wrote the answers, with hard or soft labels, at equal target tokens."""
+    """Return the table of sequence-level distillation: author of the answers and kind of labels, at equal tokens."""
     titles = {
         "before": "pruned, before training",
         "hard_data": "hard labels, answers of the data",
@@ -284,7 +288,7 @@ def answers(results: Results) -> str:
 
 
 def other_types(results: Results) -> str:
-    """The metric of each model type: of the teacher, the student that it teaches, and the student on labels alone."""
+    """Return the table of other model types: metrics of teacher, distilled student, and student on labels alone."""
     settings = {
         "digits": "images of digits, ViT of 6 blocks into 2: accuracy",
         "relevance": "relevance for a query, MiniLM of 6 layers into 2: rank correlation",
@@ -293,7 +297,7 @@ def other_types(results: Results) -> str:
     rows = []
     for cell, title in settings.items():
         if runs := of(results, cell):
-            sizes = [f"{runs[0][f'{who}_parameters'] / 1e6:.2f} M" for who in ("teacher", "student")]
-            values = [spread([run[who] for run in runs], 3) for who in ("teacher", "student", "control")]
+            sizes = [f"{runs[0][f'{role}_parameters'] / 1e6:.2f} M" for role in ("teacher", "student")]
+            values = [spread([run[role] for run in runs], 3) for role in ("teacher", "student", "control")]
             rows.append((title, " into ".join(sizes), *values))
     return lines((" ", "parameters", "teacher", "student", "the same, labels only"), rows)

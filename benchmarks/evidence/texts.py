@@ -1,4 +1,4 @@
-"""The text of the evidence: addresses to Congress (npm), Python documentation (Debian); whole documents held out."""
+"""Texts of the evidence: addresses to Congress (npm) and Python documentation (Debian); full documents are held out."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def _run(folder: Path, *command: str) -> None:
 
 
 def _spread(documents: list[str], held_out: bool) -> Iterator[str]:
-    """Rows of documents that are held out, or of the others: the first of each, the second of each, and so on."""
+    """Yield rows of the held-out or of the other documents: the first row of each, the second of each, and so on."""
     chosen = [text for number, text in enumerate(documents) if (number % _EVERY == 0) == held_out]
     pieces = [_pieces(text) for text in chosen]
     for number in range(max(map(len, pieces))):
@@ -72,7 +72,7 @@ def _spread(documents: list[str], held_out: bool) -> Iterator[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """Whole lines or sentences, as many as a row has room for; what is short or too long is left out."""
+    """Split a text into rows of complete lines or sentences; rows that are too short or too long are left out."""
     pieces, piece = [], ""
     for line in re.split(r"(?<=\n)|(?<=[.!?] )", text):
         if len(piece) + len(line) > _LETTERS:
@@ -83,6 +83,6 @@ def _pieces(text: str) -> list[str]:
 
 
 def _write(file: Path, rows: list[str]) -> None:
-    half = file.with_suffix(".half")
-    half.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    half.replace(file)
+    partial_file = file.with_suffix(".half")
+    partial_file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    partial_file.replace(file)
