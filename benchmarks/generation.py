@@ -66,7 +66,7 @@ def loop(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int) 
 
 def backend(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, batching: str) -> int:
     """Generate with the backend of `hf-distill generate`, and return the number of generated tokens."""
-    made = TransformersBackend(
+    backend = TransformersBackend(
         model,
         tokenizer,
         lambda request: prompts[request.prompt.index],
@@ -76,7 +76,7 @@ def backend(model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: in
         {"model": MODEL},
     )
     parts = make_parts([Prompt(i, "task", i, "") for i in range(len(prompts))], 1, 0, len(prompts))
-    return sum(each.tokens for _, part in made.complete(parts, lambda count: None) for each in part)
+    return sum(each.tokens for _, part in backend.complete(parts, lambda count: None) for each in part)
 
 
 def run(case: dict[str, Any]) -> dict[str, float]:

@@ -130,12 +130,12 @@ def correctness(card: Card, shape: dict) -> dict:
     for (vocab, teacher_vocab), case in runs:
         sizes = {"tokens": 192, "vocab": vocab, "teacher_vocab": teacher_vocab, "hidden": 256, "teacher_hidden": 320}
         options = {**sizes, **{key: case[key] for key in case if key in tensors.__kwdefaults__ or key == "tokens"}}
-        made = tensors(card.device, **options)
+        inputs = tensors(card.device, **options)
         objective = {key: case[key] for key in ("divergence", "temperature", "alpha")}
         loss_scale = LOSS_SCALE if case["dtype"] is torch.float16 else 1.0
-        value = ours(made, chunk_tokens=case.get("chunk_tokens"), loss_scale=loss_scale, **objective)
-        gradients = [None if x.grad is None else x.grad.double() / loss_scale for x in made.trained()]
-        exact = made.double()
+        value = ours(inputs, chunk_tokens=case.get("chunk_tokens"), loss_scale=loss_scale, **objective)
+        gradients = [None if x.grad is None else x.grad.double() / loss_scale for x in inputs.trained()]
+        exact = inputs.double()
         exact_value = reference(exact, **objective)
         errors = [
             _relative_error(gradient, x.grad)
@@ -175,11 +175,11 @@ def products(card: Card, shape: dict) -> dict:
     """Time the four matrix products alone: the lower bound of any loss that computes exact gradients."""
     results = {}
     for name, sizes in (SHAPES if card.is_cuda else {"small": shape}).items():
-        made = tensors(card.device, dtype=torch.bfloat16, **sizes)
-        seconds = median(card.seconds(partial(matrix_products, made)))
+        inputs = tensors(card.device, dtype=torch.bfloat16, **sizes)
+        seconds = median(card.seconds(partial(matrix_products, inputs)))
         flop = 2 * sizes["tokens"] * sizes["vocab"] * (3 * sizes["hidden"] + sizes["teacher_hidden"])
         results[name] = {"seconds": seconds, "tflop_per_second": flop / seconds / 1e12}
-        del made
+        del inputs
         card.empty_cache()
     return results
 
@@ -188,21 +188,21 @@ def losses(card: Card, shape: dict) -> dict:
     """Time this package and others on the same tensors, interleaved, and measure their peak memory."""
     results = {}
     for name, sizes in (SHAPES if card.is_cuda else {"small": shape}).items():
-        made = tensors(card.device, dtype=torch.bfloat16, **sizes)
-        bound = median(card.seconds(partial(matrix_products, made)))
+        inputs = tensors(card.device, dtype=torch.bfloat16, **sizes)
+        bound = median(card.seconds(partial(matrix_products, inputs)))
         calls: dict[str, Callable[[], object]] = {}
         for objective, options in OBJECTIVES.items():
-            calls[f"ours, {objective}"] = partial(ours, made, **options)
+            calls[f"ours, {objective}"] = partial(ours, inputs, **options)
         for peer, (call, betas) in PEERS.items():
             for objective, beta in (("KL", 0.0), ("JS", 0.5)):
                 if beta in betas:
-                    calls[f"{peer}, {objective}"] = partial(call, made, beta)
+                    calls[f"{peer}, {objective}"] = partial(call, inputs, beta)
         if sizes is SHAPE:
             calls |= {
-                f"ours, KL, chunk {n}": partial(ours, made, chunk_tokens=n, **OBJECTIVES["KL"])
+                f"ours, KL, chunk {n}": partial(ours, inputs, chunk_tokens=n, **OBJECTIVES["KL"])
                 for n in (256, 1024, 4096)
             }
-        calls["all logits, KL"] = partial(dense, made, "forward_kl")
+        calls["all logits, KL"] = partial(dense, inputs, "forward_kl")
         rows: dict[str, dict] = {}
         for label, call in calls.items():
             try:
@@ -219,22 +219,22 @@ def losses(card: Card, shape: dict) -> dict:
                 row |= {"seconds": median(row["runs"]), "relative": median(row["runs"]) / bound}
         weight_gib = sizes["vocab"] * sizes["hidden"] * 4 / 2**30
         results[name] = {"products_seconds": bound, "head_gradient_gib": weight_gib, "calls": rows}
-        made.clear_gradients()
-        del made, calls
+        inputs.clear_gradients()
+        del inputs, calls
         card.empty_cache()
     return results
 
 
 def fragmented(card: Card, shape: dict) -> dict:
     """Repeat a loss after the allocator held 85 % of the card in blocks of many sizes."""
-    made = tensors(card.device, dtype=torch.bfloat16, **shape)
-    call = partial(ours, made, **OBJECTIVES["KL + CE"])
+    inputs = tensors(card.device, dtype=torch.bfloat16, **shape)
+    call = partial(ours, inputs, **OBJECTIVES["KL + CE"])
 
     def measured() -> tuple[float, list[torch.Tensor]]:
         seconds = median(card.seconds(call))
-        made.clear_gradients()
+        inputs.clear_gradients()
         call()
-        return seconds, [x.grad.clone() for x in made.trained()]
+        return seconds, [x.grad.clone() for x in inputs.trained()]
 
     before, gradients = measured()
     if card.is_cuda:
@@ -259,13 +259,13 @@ def waits(card: Card, shape: dict) -> dict:
     from hf_distill.losses.fused import ChunkedLoss
     from hf_distill.losses.objective import objective
 
-    made = tensors(card.device, dtype=torch.bfloat16, **{**shape, "tokens": min(shape["tokens"], 2048)})
-    targets = Targets.from_batch({"labels": made.labels}, shift=False)
+    inputs = tensors(card.device, dtype=torch.bfloat16, **{**shape, "tokens": min(shape["tokens"], 2048)})
+    targets = Targets.from_batch({"labels": inputs.labels}, shift=False)
     terms = [term for term in objective(0.5, 2.0, "js") if term.weight]
-    loss = ChunkedLoss(made.teacher_logits(), targets, terms, 4, num_items=torch.tensor(1000, device=card.device))
+    loss = ChunkedLoss(inputs.teacher_logits(), targets, terms, 4, num_items=torch.tensor(1000, device=card.device))
 
     def step() -> None:
-        loss.from_hidden(made.student_logits()).backward()
+        loss.from_hidden(inputs.student_logits()).backward()
 
     step()
     with _sync_debug("error") if card.is_cuda else _nothing():
@@ -296,9 +296,9 @@ def profile(card: Card, shape: dict) -> dict:
     from torch.profiler import profile as profiler
 
     results = {}
-    made = tensors(card.device, dtype=torch.bfloat16, **shape)
+    inputs = tensors(card.device, dtype=torch.bfloat16, **shape)
     for name in ("KL + CE", "JS + CE"):
-        call = partial(ours, made, **OBJECTIVES[name])
+        call = partial(ours, inputs, **OBJECTIVES[name])
         call()
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if card.is_cuda else [])
         with profiler(activities=activities) as recorded:
@@ -318,7 +318,7 @@ def profile(card: Card, shape: dict) -> dict:
         longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:15]
         results[name] = {
             "kernels": sum(map(len, kernels.values())),
-            "chunks": -(-shape["tokens"] // _chunk_tokens(made)),
+            "chunks": -(-shape["tokens"] // _chunk_tokens(inputs)),
             "busy_share": busy / wall,
             "fp32_products": [kernel for kernel in kernels if "sgemm" in kernel or "f32f32_f32f32" in kernel],
             "longest": [{"kernel": kernel[:120], "calls": len(t), "seconds": sum(t)} for kernel, t in longest],
@@ -326,10 +326,10 @@ def profile(card: Card, shape: dict) -> dict:
     return results
 
 
-def _chunk_tokens(made) -> int:
+def _chunk_tokens(inputs) -> int:
     from hf_distill.losses.fused_buffers import auto_chunk_tokens
 
-    student, teacher = made.student_logits(), made.teacher_logits()
+    student, teacher = inputs.student_logits(), inputs.teacher_logits()
     return auto_chunk_tokens([student.vocab_size, teacher.vocab_size], 4, student.hidden.device.type)
 
 

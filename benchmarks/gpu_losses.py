@@ -74,7 +74,7 @@ def tensors(
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
 
-    made = Tensors(
+    inputs = Tensors(
         normal(tokens, hidden).requires_grad_(),
         normal(vocab, hidden, scale=3 / hidden**0.5).requires_grad_(not frozen),
         normal(tokens, teacher_hidden),
@@ -83,13 +83,13 @@ def tensors(
         normal(vocab).requires_grad_(not frozen) if bias else None,
         LogitScaling(scale, softcap),
     )
-    made.labels[: int(tokens * ignored)] = -100
-    return made
+    inputs.labels[: int(tokens * ignored)] = -100
+    return inputs
 
 
-def matrix_products(made: Tensors, chunk_tokens: int = 2048) -> None:
+def matrix_products(inputs: Tensors, chunk_tokens: int = 2048) -> None:
     """Compute the logits of both models and the gradients of hidden states and weight, and nothing else."""
-    hidden, weight = made.hidden.detach(), made.weight.detach()
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     accumulates = hidden.is_cuda
     dtype = torch.float32 if accumulates else hidden.dtype
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
@@ -97,19 +97,19 @@ def matrix_products(made: Tensors, chunk_tokens: int = 2048) -> None:
     size = min(chunk_tokens, len(hidden))
     options = {"out_dtype": torch.float32} if accumulates else {}
     student = torch.empty(size, len(weight), dtype=dtype, device=weight.device)
-    teacher = torch.empty(size, len(made.teacher_weight), dtype=dtype, device=weight.device)
+    teacher = torch.empty(size, len(inputs.teacher_weight), dtype=dtype, device=weight.device)
     gradient = torch.empty(size, len(weight), dtype=hidden.dtype, device=weight.device)
     for start in range(0, len(hidden), size):
         rows = slice(start, min(start + size, len(hidden)))
         count = rows.stop - rows.start
         torch.mm(hidden[rows], weight.t(), out=student[:count], **options)
-        torch.mm(made.teacher_hidden[rows], made.teacher_weight.t(), out=teacher[:count], **options)
+        torch.mm(inputs.teacher_hidden[rows], inputs.teacher_weight.t(), out=teacher[:count], **options)
         torch.mm(gradient[:count], weight, out=grad_hidden[rows], **options)
         torch.addmm(grad_weight, gradient[:count].t(), hidden[rows], out=grad_weight, **options)
 
 
 def ours(
-    made: Tensors,
+    inputs: Tensors,
     divergence: str,
     alpha: float,
     temperature: float,
@@ -117,33 +117,33 @@ def ours(
     loss_scale: float = 1.0,
 ) -> Tensor:
     """The fused loss of this package, forward and backward of `loss_scale` times the loss."""
-    made.clear_gradients()
+    inputs.clear_gradients()
     loss = fused_distillation_loss(
-        made.hidden,
-        made.weight,
-        made.teacher_hidden,
-        made.teacher_weight,
-        made.labels,
+        inputs.hidden,
+        inputs.weight,
+        inputs.teacher_hidden,
+        inputs.teacher_weight,
+        inputs.labels,
         divergence=divergence,
         alpha=alpha,
         temperature=temperature,
         chunk_tokens=chunk_tokens,
-        student_bias=made.bias,
-        student_scaling=made.scaling,
+        student_bias=inputs.bias,
+        student_scaling=inputs.scaling,
     )
     (loss * loss_scale).backward()
     return loss.detach()
 
 
-def reference(made: Tensors, divergence: str, alpha: float, temperature: float) -> Tensor:
+def reference(inputs: Tensors, divergence: str, alpha: float, temperature: float) -> Tensor:
     """The same objective from the logits of all tokens, by the formulas of the papers."""
-    logits = made.hidden @ made.weight.t()
-    if made.bias is not None:
-        logits = logits + made.bias
-    logits = logits * made.scaling.scale
-    if made.scaling.softcap is not None:
-        logits = made.scaling.softcap * torch.tanh(logits / made.scaling.softcap)
-    teacher = made.teacher_hidden @ made.teacher_weight.t()
+    logits = inputs.hidden @ inputs.weight.t()
+    if inputs.bias is not None:
+        logits = logits + inputs.bias
+    logits = logits * inputs.scaling.scale
+    if inputs.scaling.softcap is not None:
+        logits = inputs.scaling.softcap * torch.tanh(logits / inputs.scaling.softcap)
+    teacher = inputs.teacher_hidden @ inputs.teacher_weight.t()
     shared = min(logits.shape[1], teacher.shape[1])
     p = torch.softmax(logits[:, :shared] / temperature, -1)
     q = torch.softmax(teacher[:, :shared] / temperature, -1)
@@ -160,52 +160,52 @@ def reference(made: Tensors, divergence: str, alpha: float, temperature: float) 
         "skew_reverse_kl": lambda: kl(p, 0.9 * q + 0.1 * p),
         "total_variation": lambda: 0.5 * (p - q).abs().sum(-1),
     }[divergence]()
-    keep = made.labels != -100
-    cross_entropy = torch.nn.functional.cross_entropy(logits, made.labels, reduction="sum", ignore_index=-100)
+    keep = inputs.labels != -100
+    cross_entropy = torch.nn.functional.cross_entropy(logits, inputs.labels, reduction="sum", ignore_index=-100)
     count = keep.sum().clamp(min=1)
     loss = (alpha * temperature**2 * values[keep].sum() + (1 - alpha) * cross_entropy) / count
     loss.backward()
     return loss.detach()
 
 
-def dense(made: Tensors, divergence: str) -> None:
+def dense(inputs: Tensors, divergence: str) -> None:
     """Logits of all tokens at once in float32, as a Trainer without a fused loss computes them."""
-    made.clear_gradients()
-    student = torch.log_softmax((made.hidden @ made.weight.t()).float(), -1)
+    inputs.clear_gradients()
+    student = torch.log_softmax((inputs.hidden @ inputs.weight.t()).float(), -1)
     with torch.no_grad():
-        teacher = torch.log_softmax((made.teacher_hidden @ made.teacher_weight.t()).float(), -1)
+        teacher = torch.log_softmax((inputs.teacher_hidden @ inputs.teacher_weight.t()).float(), -1)
     torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean").backward()
 
 
-def trl(made: Tensors, beta: float) -> None:
+def trl(inputs: Tensors, beta: float) -> None:
     """TRL's chunked divergence: Triton kernels on a GPU."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    made.clear_gradients()
+    inputs.clear_gradients()
     values = ChunkedDivergenceFunction.apply(
-        made.hidden, made.weight, None, made.teacher_hidden, made.teacher_weight, None, beta
+        inputs.hidden, inputs.weight, None, inputs.teacher_hidden, inputs.teacher_weight, None, beta
     )[0]
     values.mean().backward()
 
 
-def liger_chunked(made: Tensors, beta: float) -> None:
+def liger_chunked(inputs: Tensors, beta: float) -> None:
     """Liger's chunked JSD from hidden states, compiled."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    made.clear_gradients()
+    inputs.clear_gradients()
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=made.hidden.is_cuda, chunk_size=1024
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=inputs.hidden.is_cuda, chunk_size=1024
     )
-    loss(made.hidden, made.weight, made.teacher_hidden, made.teacher_weight, made.labels).backward()
+    loss(inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels).backward()
 
 
-def liger_kernel_jsd(made: Tensors, beta: float) -> None:
+def liger_kernel_jsd(inputs: Tensors, beta: float) -> None:
     """Liger's fused linear JSD: a Triton kernel."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    made.clear_gradients()
+    inputs.clear_gradients()
     LigerFusedLinearJSD(jsd_beta=beta)(
-        made.hidden, made.weight, made.teacher_hidden, made.teacher_weight, made.labels
+        inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels
     ).backward()
 
 

@@ -63,22 +63,22 @@ CASES = (
 )  # fmt: skip
 
 
-def build(shape: dict, who: str, device: str) -> LlamaForCausalLM:
+def build(shape: dict, role: str, device: str) -> LlamaForCausalLM:
     """Make a model with random weights on the device."""
-    sizes = shape[who]
-    head_dim = shape["heads"][who == "teacher"]
+    sizes = shape[role]
+    head_dim = shape["heads"][role == "teacher"]
     config = LlamaConfig(
         vocab_size=shape["vocab"],
         num_attention_heads=sizes["hidden_size"] // head_dim,
         num_key_value_heads=min(shape["heads"][2], sizes["hidden_size"] // head_dim),
         max_position_embeddings=4096,
-        tie_word_embeddings=who == "student",
+        tie_word_embeddings=role == "student",
         pad_token_id=2,
         **sizes,
     )
     torch.manual_seed(0)
     with torch.device(device):
-        dtype = torch.bfloat16 if who == "teacher" else torch.float32
+        dtype = torch.bfloat16 if role == "teacher" else torch.float32
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -135,9 +135,9 @@ def trainer(case: str, device: str, folder: str, clock: Clock) -> Trainer:
     if name == "sft":
         return Trainer(student, TrainingArguments(folder, **arguments), **common)
     if name == "dense":
-        made = DenseTrainer(student, TrainingArguments(folder, **arguments), **common)
-        made.teacher = build(shape, "teacher", device).requires_grad_(False).eval()
-        return made
+        dense_trainer = DenseTrainer(student, TrainingArguments(folder, **arguments), **common)
+        dense_trainer.teacher = build(shape, "teacher", device).requires_grad_(False).eval()
+        return dense_trainer
     if name == "gkd":
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -181,9 +181,11 @@ def tokenizer():
     words = {"<unk>": 0, "<s>": 1, "<pad>": 2} | {f"w{i}": i + 3 for i in range(200)}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", pad_token="<pad>")
-    made.eos_token = "<s>"
-    return made
+    tokenizer_of_words = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", pad_token="<pad>"
+    )
+    tokenizer_of_words.eos_token = "<s>"
+    return tokenizer_of_words
 
 
 def on_policy_trainer(name: str, device: str, folder: str, clock: Clock) -> Trainer:
@@ -217,17 +219,17 @@ def one(case: str, device: str) -> dict:
     """Train, and return what was measured."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(case, device, folder, clock)
+        run_trainer = trainer(case, device, folder, clock)
         resident = torch.cuda.memory_allocated() if device == "cuda" else 0
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        made.train()
+        run_trainer.train()
     tokens = (
         PROMPTS * NEW_TOKENS
         if case.startswith("on-policy")
-        else made.args.per_device_train_batch_size * SHAPES[device]["length"]
+        else run_trainer.args.per_device_train_batch_size * SHAPES[device]["length"]
     )
-    logs = [log for log in made.state.log_history if "loss" in log]
+    logs = [log for log in run_trainer.state.log_history if "loss" in log]
     result = {
         "seconds_per_step": clock.seconds,
         "tokens_per_second": tokens / clock.seconds,

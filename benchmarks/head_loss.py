@@ -75,15 +75,17 @@ def liger(hs, ws, ht, wt, labels, beta):
 def one(case: dict) -> dict:
     case = dict(case)
     call = globals()[case.pop("who")]
-    made = tensors(
+    inputs = tensors(
         case.pop("shape"), case.pop("tokens", None), case.pop("asked", 1.0), frozen=case.pop("frozen", False)
     )
-    small = [x[:16].detach().clone().requires_grad_(x.requires_grad) if x.shape[0] == len(made[4]) else x for x in made]
+    small = [
+        x[:16].detach().clone().requires_grad_(x.requires_grad) if x.shape[0] == len(inputs[4]) else x for x in inputs
+    ]
     call(*small, **case)  # warm up imports and threads
-    for x in (*small, *made):
+    for x in (*small, *inputs):
         x.grad = None
     del small
-    return peak_and_seconds(lambda: call(*made, **case))
+    return peak_and_seconds(lambda: call(*inputs, **case))
 
 
 def accuracy() -> list[dict]:

@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def batches(tokenizer, name: str, count: int) -> list[dict]:
-    """Batches of four rows."""
+    """Return batches of four rows."""
     lines = (TEXTS / f"{name}.jsonl").read_text().splitlines()[:count]
     rows = [json.loads(line)["text"] for line in lines]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -51,12 +51,12 @@ def batches(tokenizer, name: str, count: int) -> list[dict]:
 
 
 def count_tokens(inputs: Iterable[dict]) -> int:
-    """Tokens that are no padding."""
+    """Return the number of tokens without padding."""
     return sum(int(batch["attention_mask"].sum()) for batch in inputs)
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    """CPU seconds of this process during a call."""
+    """Return the CPU seconds of this process during a call."""
     start = time.process_time()
     call()
     return time.process_time() - start
@@ -64,7 +64,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def perplexity(model, inputs: list[dict]) -> float:
-    """exp of the mean cross-entropy of the held-out tokens."""
+    """Return exp of the mean cross-entropy of the held-out tokens."""
     total, count = 0.0, 0
     for batch in inputs:
         logits, labels = model.eval()(**batch).logits[:, :-1], batch["input_ids"][:, 1:]
@@ -75,7 +75,7 @@ def perplexity(model, inputs: list[dict]) -> float:
 
 
 def measure_cost(model, calibration: list[dict]) -> dict[str, float]:
-    """CPU seconds of a forward over rows, and of the pass that measures importance; interleaved, medians."""
+    """Return median CPU seconds of a forward over rows and of the passes that measure importance, run in turn."""
     calls: dict[str, Callable[[], object]] = {
         "forward": lambda: [model(**batch) for batch in calibration],
         "activation": lambda: measure_importance(model, calibration),
@@ -143,37 +143,41 @@ def norms() -> None:
     tokenizer, model, calibration, held_out = load()
     training = [{k: v[:2] for k, v in batch.items()} for batch in batches(tokenizer, "more", 4 * STEPS)]
     importance = measure_importance(model, calibration)
-    found: dict = {"steps": STEPS, "training_tokens": count_tokens(training), "held_out_tokens": count_tokens(held_out)}
-    assert found["training_tokens"] > 0
+    results: dict = {
+        "steps": STEPS,
+        "training_tokens": count_tokens(training),
+        "held_out_tokens": count_tokens(held_out),
+    }
+    assert results["training_tokens"] > 0
     for name in ("as they are", "rescaled"):
         pruned = prune_student(model, PrunedShape(**SHAPES["channels and neurons"]), importance)
         student = pruned.model
         if name == "rescaled":
             factors = norm_factors(model, pruned.kept.channels or [], calibration[:2])
-            found["mean_factor"] = sum(factors.values()) / len(factors)
+            results["mean_factor"] = sum(factors.values()) / len(factors)
             with torch.no_grad():
                 for norm, factor in factors.items():
                     student.get_submodule(norm).weight.mul_(factor)
         before = perplexity(student, held_out)
         distill(student, model, training)
-        found[name] = {"perplexity_before": before, "perplexity_after": perplexity(student, held_out)}
-        print(name, found[name], flush=True)
-    write_json(HERE / "results/importance_norms.json", found | {"environment": environment("cpu")})
+        results[name] = {"perplexity_before": before, "perplexity_after": perplexity(student, held_out)}
+        print(name, results[name], flush=True)
+    write_json(HERE / "results/importance_norms.json", results | {"environment": environment("cpu")})
 
 
 def main() -> None:
     """Measure, and write results/importance.json."""
     _, model, calibration, held_out = load()
-    found: dict = {
+    results: dict = {
         "calibration_tokens": count_tokens(calibration),
         "held_out_tokens": count_tokens(held_out),
         "teacher": {"parameters": model.num_parameters(), "perplexity": perplexity(model, held_out)},
     }
-    assert found["calibration_tokens"] > 0
-    assert found["held_out_tokens"] > 0
+    assert results["calibration_tokens"] > 0
+    assert results["held_out_tokens"] > 0
     start = time.process_time()
     importance = {"activation": measure_importance(model, calibration, with_block_influence=True)}
-    found["first_pass_cpu_seconds"] = time.process_time() - start
+    results["first_pass_cpu_seconds"] = time.process_time() - start
     importance["weight"] = measure_importance(model, [], by="weight")
     students = []
     for name, sizes in SHAPES.items():
@@ -194,9 +198,9 @@ def main() -> None:
                 }
             )
             print(students[-1], flush=True)
-    found |= {"students": students, "cost": measure_cost(model, calibration[: COST_ROWS // 4])}
-    print(found["cost"])
-    write_json(HERE / "results/importance.json", found | {"environment": environment("cpu")})
+    results |= {"students": students, "cost": measure_cost(model, calibration[: COST_ROWS // 4])}
+    print(results["cost"])
+    write_json(HERE / "results/importance.json", results | {"environment": environment("cpu")})
 
 
 if __name__ == "__main__":

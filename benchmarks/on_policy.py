@@ -93,25 +93,25 @@ def trainer(case: dict, folder: str, meter: Meter):
     if case["who"] == "trl":
         from trl import DistillationConfig, DistillationTrainer
 
-        made = DistillationTrainer(
+        result = DistillationTrainer(
             teacher_model=teacher, args=DistillationConfig(folder, beta=1.0, **arguments), **common
         )
     else:
         from hf_distill.trl import OnPolicyDistillConfig, OnPolicyDistillTrainer
 
-        made = OnPolicyDistillTrainer(teacher=teacher, args=OnPolicyDistillConfig(folder, **arguments), **common)
-    made._generate = meter.timed("generation", made._generate)
+        result = OnPolicyDistillTrainer(teacher=teacher, args=OnPolicyDistillConfig(folder, **arguments), **common)
+    result._generate = meter.timed("generation", result._generate)
     teacher.model.forward = meter.timed("teacher", teacher.model.forward)
-    return made
+    return result
 
 
 def one(case: dict) -> dict:
     torch.set_num_threads(1)
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(case, folder, meter)
-        peak = peak_and_seconds(made.train)["peak_mib"]
-    logs = [log for log in made.state.log_history if "loss" in log]
+        run_trainer = trainer(case, folder, meter)
+        peak = peak_and_seconds(run_trainer.train)["peak_mib"]
+    logs = [log for log in run_trainer.state.log_history if "loss" in log]
     steps = STEPS - WARM
     seconds = {part: value / steps for part, value in meter.seconds.items()}
     return {

@@ -80,15 +80,15 @@ def _gold(student: Any, teacher: Any, texts: list[str]) -> Callable[[], None]:
 
 
 def _interleaved(contestants: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Return the median CPU seconds of each, which take turns after one call to warm up."""
-    seconds: dict[str, list[float]] = {who: [] for who in contestants}
+    """Return the median CPU seconds of values, which take turns after one call to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(ROUNDS + 1):
-        for who, align in contestants.items():
+        for name, align in contestants.items():
             start = time.process_time()
             align()
             if number:
-                seconds[who].append(time.process_time() - start)
-    return {who: median(each) for who, each in seconds.items()}
+                seconds[name].append(time.process_time() - start)
+    return {name: median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

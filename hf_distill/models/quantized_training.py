@@ -76,10 +76,12 @@ def convert_quantized_student(model: nn.Module, scheme: QuantizationScheme) -> n
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_fake(module)]
+    unquantized_layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_fake(module)
+    ]
     quantize_(model, QATConfig(base_config(scheme), step="convert"), filter_fn=lambda module, _: _is_fake(module))
     if isinstance(model, PreTrainedModel):
-        model.config.quantization_config = TorchAoConfig(base_config(scheme), modules_to_not_convert=kept)
+        model.config.quantization_config = TorchAoConfig(base_config(scheme), modules_to_not_convert=unquantized_layers)
         cast(Any, model).hf_quantizer = AutoHfQuantizer.from_config(
             model.config.quantization_config, pre_quantized=True
         )

@@ -118,8 +118,8 @@ def plan_generation(
     if recipe.generate is None and not recipe.data.generated:
         return None
     options = recipe.generate or Generation.model_validate({})
-    known = rates.prompts or count_prompts(recipe, options)
-    prompts, length = known or 1000, rates.completion_tokens or options.max_new_tokens
+    num_prompts = rates.prompts or count_prompts(recipe, options)
+    prompts, length = num_prompts or 1000, rates.completion_tokens or options.max_new_tokens
     requests = prompts * options.samples
     text = requests * (rates.prompt_tokens + 2 * length)  # the folder has the data set and all completions
     hours = None
@@ -128,7 +128,7 @@ def plan_generation(
     return GenerationPlan(
         backend=options.backend,
         prompts=prompts,
-        is_known=known is not None,
+        is_known=num_prompts is not None,
         samples=options.samples,
         prompt_tokens=rates.prompt_tokens,
         completion_tokens=length,

@@ -68,8 +68,8 @@ def result_values(recipe: Recipe) -> JSONObject:
             del teacher[name]
     generation = values.pop("generate", None) or {}
     if recipe.data.generated:  # otherwise the run does not read it
-        kept = {key: value for key, value in generation.items() if key not in _SERVERS | _GENERATION}
-        values["generate"] = kept
+        compared_values = {key: value for key, value in generation.items() if key not in _SERVERS | _GENERATION}
+        values["generate"] = compared_values
     flat = _flatten({key: value for key, value in values.items() if key not in _ORIGIN})
     return {key: value for key, value in flat.items() if key.removeprefix("train.") not in ignored}
 

@@ -137,7 +137,7 @@ def local_setup(
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     further = 0 if capture is None else 1  # the end-of-text token that is read after a completion that is cut off
     lengths = {index: len(each) + further for index, each in rendered.ids.items()}
-    kept = _fitting(sources, lengths, context, options)
+    fitting_sources = _fitting(sources, lengths, context, options)
     identity: JSONObject = {"model": str(spec.loaded_model), "revision": spec.revision, "dtype": spec.dtype}
     identity["quantization"] = spec.quantization
     on_stage(f"Loading {spec.loaded_model}")
@@ -150,7 +150,7 @@ def local_setup(
         if capture is not None:
             of_student = student_tokenizer(recipe)
             source = CacheSource(spec, of_student, capture, vllm.score, vocab_size, facts=vllm.facts())
-        return Setup(kept, rendered.opened, vllm, source)
+        return Setup(fitting_sources, rendered.opened, vllm, source)
     model = _load_model(spec, config)
     identity["weights"] = weights_fingerprint(model)
     backend = TransformersBackend(
@@ -158,9 +158,9 @@ def local_setup(
     )
     source = None
     if capture is not None:
-        prompt = rendered.ids[kept[0].prompt.index]
+        prompt = rendered.ids[fitting_sources[0].prompt.index]
         source = local_source(recipe, spec, model, tokenizer, prompt, capture, backend.batching)
-    return Setup(kept, rendered.opened, backend, source)
+    return Setup(fitting_sources, rendered.opened, backend, source)
 
 
 def _is_open(renderer: PromptRenderer, prompt: Prompt, options: Generation) -> bool:

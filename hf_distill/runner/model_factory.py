@@ -360,11 +360,11 @@ def check_launch(recipe: Recipe) -> None:
             "hf_distill run ..."
         )
     if train.fsdp and not torch.accelerator.is_available():
-        made = {"pruned from its teacher": student.from_teacher, "quantized": student.quantize}
+        keys = {"pruned from its teacher": student.from_teacher, "quantized": student.quantize}
         problems += [
-            f"train.fsdp on CPUs shards a student while it is loaded, which is not possible for a student that is {how}"
-            ": remove train.fsdp to train with DDP"
-            for how, key in made.items()
+            f"train.fsdp on CPUs shards a student while it is loaded, which is not possible for a student that is "
+            f"{description}: remove train.fsdp to train with DDP"
+            for description, key in keys.items()
             if key
         ]
     if student.quantization and (stage == 3 or train.fsdp):

@@ -183,8 +183,8 @@ class CachedTeacher(Teacher):
             DistillError: the cache lacks examples or layers, or a shard is damaged.
         """
         started = self._started.pop(tuple(targets.numbers.get(_CHECKSUM, ())), None)
-        examples, found = self._look_up(inputs, targets) if started is None else started.result()
-        cached = self._complete(inputs, targets, examples, found)
+        examples, entries = self._look_up(inputs, targets) if started is None else started.result()
+        cached = self._complete(inputs, targets, examples, entries)
         signals = decode_signals(cached, self.manifest, self._head, targets.labels.device, self._vocab_size)
         return Signals(
             signals.logits, {key: signals.features[FeatureKey("hidden", key.layer)] for key in feature_requests}
@@ -217,8 +217,8 @@ class CachedTeacher(Teacher):
     def _look_up(self, inputs: dict, targets: Targets) -> Lookup:
         """Return the examples of a batch and what the cache has of them, read into memory."""
         examples = batch_examples(self._read(inputs), targets)
-        found = self.store.get([example.key for example in examples])
-        return examples, [None if entry is None else entry.in_memory() for entry in found]
+        entries = self.store.get([example.key for example in examples])
+        return examples, [None if entry is None else entry.in_memory() for entry in entries]
 
     def input_names(self) -> frozenset[str]:
         """Names of the inputs, besides token ids, that the cached teacher read, and of those that the source reads."""
@@ -267,8 +267,8 @@ class CachedTeacher(Teacher):
                 "FrozenTeacher"
             ]
         origin, student_depth = self._student_origin, self._student_depth
-        kept = None if origin is None else origin.layers_of(None, student_depth, depth)
-        needed = {t for _, t in map_layers(term.layers, student_depth, depth, kept)}
+        kept_layers = None if origin is None else origin.layers_of(None, student_depth, depth)
+        needed = {t for _, t in map_layers(term.layers, student_depth, depth, kept_layers)}
         needed = {*range(depth)} if term.layers == LEARNED else needed
         if missing := sorted(needed - {*layers}):
             return [

@@ -62,13 +62,13 @@ def check_columns(teacher: Teacher, columns: Iterable[str], name: str, are_unuse
             that of an input of the teacher.
     """
     readable = teacher.readable_inputs()
-    known = {f"{TEACHER_PREFIX}{each}" for each in (*(readable or ("input_ids", "attention_mask")), "labels")}
+    readable_keys = {f"{TEACHER_PREFIX}{each}" for each in (*(readable or ("input_ids", "attention_mask")), "labels")}
     keys = teacher_keys(dict.fromkeys(columns), teacher.input_names())
-    _check_reads_inputs(teacher, [key for key in keys if key in known], name)
+    _check_reads_inputs(teacher, [key for key in keys if key in readable_keys], name)
     if readable is None or not are_unused_removed:
         return
     for key in keys:
-        if key not in known and (closest := nearest(key.removeprefix(TEACHER_PREFIX), (*readable, "labels"))):
+        if key not in readable_keys and (closest := nearest(key.removeprefix(TEACHER_PREFIX), (*readable, "labels"))):
             raise DistillError(
                 f"{name} has the column {key}, and the teacher reads no input of this name: rename it to "
                 f"{TEACHER_PREFIX}{closest}, or remove it."
@@ -141,8 +141,11 @@ def _check_is_read(teacher: Teacher, keys: list[str], readable: Collection[str] 
     _check_reads_inputs(teacher, keys, "The batch")
     if readable is None:
         return
-    names, known = {key: key.removeprefix(TEACHER_PREFIX) for key in keys}, {*readable, "labels", "shift_labels"}
-    if unread := [key for key, name in names.items() if name not in known]:
+    names, readable_names = (
+        {key: key.removeprefix(TEACHER_PREFIX) for key in keys},
+        {*readable, "labels", "shift_labels"},
+    )
+    if unread := [key for key, name in names.items() if name not in readable_names]:
         raise DistillError(
             f"The batch has {', '.join(unread)}, and {_name_of(teacher)} reads no "
             f"{', '.join(names[key] for key in unread)}. It reads {_listed(readable)}: remove "

@@ -125,8 +125,10 @@ class MetricAccumulator:
         sums, *gathered = table.split([len(per_token), *(values.shape[1] for values in row_values.values())], dim=1)
         self._eval_sums.append(sums.sum(0))
         for name, values in zip(row_values, gathered, strict=True):
-            kept = values.sum(0, keepdim=True) if model_type is None or model_type.output_type.sums_rows else values
-            self._eval_rows.setdefault(name, []).append(kept)
+            kept_values = (
+                values.sum(0, keepdim=True) if model_type is None or model_type.output_type.sums_rows else values
+            )
+            self._eval_rows.setdefault(name, []).append(kept_values)
 
     def finish_evaluation(self, description: str) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Return the sums over all batches of the evaluation, and the `row_values` of its batches on the CPU.

@@ -255,13 +255,13 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
 
         The origin of a completion is the student if it was generated, else that of its row, or the data.
         """
-        kept = [{WEIGHT: row[WEIGHT]} if WEIGHT in row else {} for row in rows]
+        row_values = [{WEIGHT: row[WEIGHT]} if WEIGHT in row else {} for row in rows]
         if self.reads_origins:
             origins = [
                 "student" if each else row.get(ORIGIN, "data") for each, row in zip(is_generated, rows, strict=True)
             ]
-            kept = [{**row, ORIGIN: origin} for row, origin in zip(kept, origins, strict=True)]
-        return collate_row_values(kept)
+            row_values = [{**row, ORIGIN: origin} for row, origin in zip(row_values, origins, strict=True)]
+        return collate_row_values(row_values)
 
     def _teacher_prompts(self, rows: list[dict]) -> dict[str, Tensor]:
         """Return the tokens of the column `teacher_prompt`, [B, P], and their mask; empty without that column.

@@ -79,10 +79,12 @@ def _training_command(recipe: str, overrides: Sequence[str], output: str | None,
         task: the source that the data set replaces; its keys that choose prompts do not apply to the data set.
     """
     if output is None:
-        kept = [*overrides]
+        kept_overrides = [*overrides]
     else:
         replaced = ("generate", "data.task.path", "data.task.column", "data.task.generate")
-        kept = [each for each in overrides if each.partition("=")[0] not in replaced and each[:9] != "generate."]
-        kept += [f"data.task.path={output}", *(["data.task.column=null"] if task.column is not None else [])]
-        kept += ["data.task.generate=false"] if task.generate else []
-    return shlex.join(["hf-distill", "run", recipe, *kept, *(["--smoke"] if smoke else [])])
+        kept_overrides = [
+            each for each in overrides if each.partition("=")[0] not in replaced and each[:9] != "generate."
+        ]
+        kept_overrides += [f"data.task.path={output}", *(["data.task.column=null"] if task.column is not None else [])]
+        kept_overrides += ["data.task.generate=false"] if task.generate else []
+    return shlex.join(["hf-distill", "run", recipe, *kept_overrides, *(["--smoke"] if smoke else [])])

@@ -35,8 +35,8 @@ class AlignedCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of the other collator with the keys of each teacher, see `AlignedKeys`."""
         batch = dict(self.collator(list(rows)))
-        made = [maker(batch) for maker in self.makers]
-        for maker, columns in zip(self.makers, made, strict=True):
+        columns_by_maker = [maker(batch) for maker in self.makers]
+        for maker, columns in zip(self.makers, columns_by_maker, strict=True):
             for key in maker.replaced_keys:
                 batch.pop(key, None)
             batch |= columns

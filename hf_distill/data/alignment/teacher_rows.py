@@ -79,12 +79,12 @@ class TeacherRowMaker:
         is_made = ~np.isin(student.rows, teacher.rows)
         if not is_made.any():
             return self._batch(student, teacher, chunks[0], teacher_chunks)
-        made, made_chunks = self._made_rows(student.select(is_made))
+        retokenized, retokenized_chunks = self._made_rows(student.select(is_made))
         student_chunks = chunks[0].copy()
-        student_chunks[is_made] = made_chunks[0] + (made_chunks[0] > 0) * chunks[0].max()
-        made_chunks = made_chunks[1] + (made_chunks[1] > 0) * chunks[0].max()
-        teacher, order = teacher.merge(made)
-        of_both = _in_order(student_chunks, np.concatenate([teacher_chunks, made_chunks])[order])
+        student_chunks[is_made] = retokenized_chunks[0] + (retokenized_chunks[0] > 0) * chunks[0].max()
+        retokenized_chunks = retokenized_chunks[1] + (retokenized_chunks[1] > 0) * chunks[0].max()
+        teacher, order = teacher.merge(retokenized)
+        of_both = _in_order(student_chunks, np.concatenate([teacher_chunks, retokenized_chunks])[order])
         return self._batch(student, teacher, *of_both)
 
     def _given_rows(self, batch: Mapping[str, Any], student: FlatTokens) -> FlatTokens:
@@ -98,13 +98,13 @@ class TeacherRowMaker:
         return teacher
 
     def _made_rows(self, student: FlatTokens) -> tuple[FlatTokens, tuple[np.ndarray, np.ndarray]]:
-        made = self._retokenize(student)
-        chunks = (number_chunks if made.is_same_text else align)(made.student, made.teacher)
-        if made.student_skip.any() or made.teacher_skip.any():
-            chunks = renumber(*chunks, _has_equal_prefix(made, *chunks))
-        student_chunks, teacher_chunks = np.zeros(len(student.ids), np.int64), np.zeros(len(made.ids), np.int64)
-        student_chunks[made.student_indices], teacher_chunks[made.teacher_indices] = chunks
-        return student.with_tokens(made.ids, made.documents), (student_chunks, teacher_chunks)
+        retokenized = self._retokenize(student)
+        chunks = (number_chunks if retokenized.is_same_text else align)(retokenized.student, retokenized.teacher)
+        if retokenized.student_skip.any() or retokenized.teacher_skip.any():
+            chunks = renumber(*chunks, _has_equal_prefix(retokenized, *chunks))
+        student_chunks, teacher_chunks = np.zeros(len(student.ids), np.int64), np.zeros(len(retokenized.ids), np.int64)
+        student_chunks[retokenized.student_indices], teacher_chunks[retokenized.teacher_indices] = chunks
+        return student.with_tokens(retokenized.ids, retokenized.documents), (student_chunks, teacher_chunks)
 
     def _batch(
         self, student: FlatTokens, teacher: FlatTokens, student_chunks: np.ndarray, teacher_chunks: np.ndarray
@@ -138,7 +138,7 @@ class TeacherRowMaker:
         return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in result.items()}
 
 
-def _has_equal_prefix(made: Retokenized, student_chunks: np.ndarray, teacher_chunks: np.ndarray) -> np.ndarray:
+def _has_equal_prefix(retokenized: Retokenized, student_chunks: np.ndarray, teacher_chunks: np.ndarray) -> np.ndarray:
     """Return whether the tokens of a chunk start with the same space on both sides, [C + 1].
 
     Where one tokenizer puts a space before a text, its first token (" Hello") is not the text of the other side.
@@ -146,7 +146,7 @@ def _has_equal_prefix(made: Retokenized, student_chunks: np.ndarray, teacher_chu
     count = 1 + int(max(student_chunks.max(initial=0), teacher_chunks.max(initial=0)))
     student, teacher = (
         np.bincount(chunks, weights=skip, minlength=count)
-        for chunks, skip in ((student_chunks, made.student_skip), (teacher_chunks, made.teacher_skip))
+        for chunks, skip in ((student_chunks, retokenized.student_skip), (teacher_chunks, retokenized.teacher_skip))
     )
     is_equal: np.ndarray = student == teacher
     is_equal[0] = False

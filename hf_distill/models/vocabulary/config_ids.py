@@ -47,8 +47,10 @@ def renumber_configs(model: PreTrainedModel, new_ids: Mapping[int, int]) -> None
             if value is not None and (_ID_NAME.search(name) or name in _ID_LISTS):
                 setattr(config, name, _renumbered(name, value, new_ids))
         if isinstance(words := vars(config).get("bad_words_ids"), list):
-            known = [[new_ids[index] for index in word] for word in words if all(index in new_ids for index in word)]
-            setattr(config, "bad_words_ids", known or None)  # noqa: B010  # no attribute of every config
+            kept_words = [
+                [new_ids[index] for index in word] for word in words if all(index in new_ids for index in word)
+            ]
+            setattr(config, "bad_words_ids", kept_words or None)  # noqa: B010  # no attribute of every config
 
 
 def _renumbered(name: str, value: Any, new_ids: Mapping[int, int]) -> Ids:
@@ -56,10 +58,10 @@ def _renumbered(name: str, value: Any, new_ids: Mapping[int, int]) -> Ids:
         if value >= 0 and value not in new_ids:
             logger.warning(f"{name} is {value}, an id without a token: it is None in the config of the trimmed model.")
         return new_ids.get(value) if value >= 0 else value
-    kept = [new_ids[index] for index in value if index in new_ids]
-    if len(kept) < len(value) and name not in _ID_LISTS:
+    kept_ids = [new_ids[index] for index in value if index in new_ids]
+    if len(kept_ids) < len(value) and name not in _ID_LISTS:
         logger.warning(f"{name} has ids without a token, which the config of the trimmed model does not have.")
-    return kept or None
+    return kept_ids or None
 
 
 def configs_of(model: PreTrainedModel) -> tuple[PretrainedConfig, GenerationConfig | None]:

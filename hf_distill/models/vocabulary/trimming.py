@@ -170,8 +170,8 @@ def _vocabulary_modules(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear
 
 def _keep_rows(module: nn.Module, name: str, rows: Tensor) -> None:
     old = cast(nn.Parameter, getattr(module, name))
-    kept = old.detach()[rows.to(old.device)].clone()
-    setattr(module, name, nn.Parameter(kept, requires_grad=old.requires_grad))
+    kept_weight = old.detach()[rows.to(old.device)].clone()
+    setattr(module, name, nn.Parameter(kept_weight, requires_grad=old.requires_grad))
 
 
 @torch.no_grad()
@@ -238,8 +238,10 @@ def kept_ids_of(tokenizer: Any, full: Any) -> list[int]:
 def is_trimmed(tokenizer: Any, full: Any) -> bool:
     """Whether all tokens of a tokenizer are those of another one, in the same order, and their ids have no gaps."""
     ids, of_trimmed = full.get_vocab(), tokenizer.get_vocab()
-    kept = [ids.get(token, -1) for token in _tokens_by_id(tokenizer)]
-    return sorted(of_trimmed.values()) == [*range(len(kept))] and -1 not in kept and kept == sorted(kept)
+    full_ids = [ids.get(token, -1) for token in _tokens_by_id(tokenizer)]
+    return (
+        sorted(of_trimmed.values()) == [*range(len(full_ids))] and -1 not in full_ids and full_ids == sorted(full_ids)
+    )
 
 
 def _tokens_by_id(tokenizer: Any) -> list[str]:

@@ -88,14 +88,14 @@ class DistillKitFile:
             ("packed_indices", "exact_values", "coeffs"),
             ("token_ids", "top_values"),
         )
-        found = next((form for form in forms if {*form} <= {*columns}), None)
-        if found is None or "input_ids" not in columns:
+        value_columns = next((form for form in forms if {*form} <= {*columns}), None)
+        if value_columns is None or "input_ids" not in columns:
             needed = "; or ".join(", ".join(form) for form in forms)
             raise DistillError(
                 f"{self.path} has the columns {', '.join(columns)}. Log-probabilities of DistillKit have input_ids and "
                 f"{needed}."
             )
-        return found
+        return value_columns
 
     def _load_config(self, file: Path | None) -> Quantization | LegacyQuantization | None:
         """Return the compression of the rows: a file of its fields, or of a run of DistillKit that uses the data."""

@@ -71,10 +71,10 @@ class VLLMFile:
                 f"{where} is not JSON ({error}). Each line must be one object; a line that was cut off must be "
                 "removed or requested again."
             ) from None
-        return [self._record(where, *found) for found in _find_logprobs(where, content)]
+        return [self._record(where, *parts) for parts in _find_logprobs(where, content)]
 
-    def _record(self, where: str, entries: list[Any], found: dict[str, Any]) -> TokenRecord:
-        tokens = self._tokens(where, found, len(entries))
+    def _record(self, where: str, entries: list[Any], request: dict[str, Any]) -> TokenRecord:
+        tokens = self._tokens(where, request, len(entries))
         if len(entries) != len(tokens):
             raise DistillError(
                 f"{where} has prompt_logprobs of {len(entries)} tokens, and its prompt has {len(tokens)} tokens."
@@ -94,7 +94,7 @@ class VLLMFile:
             table[row, : len(ids)], log_probs[row, : len(ids)] = ids, values
         min_k = max((low for *_, low, _ in positions), default=0)
         max_k = min((high for *_, high in positions), default=0)
-        model = found.get("model")
+        model = request.get("model")
         return TokenRecord(
             where.rstrip(","),
             np.array(tokens, dtype=np.int64),
@@ -153,9 +153,9 @@ class VLLMFile:
             )
         self._texts.add((token_id, text))
 
-    def _tokens(self, where: str, found: dict[str, Any], count: int) -> list[int]:
+    def _tokens(self, where: str, request: dict[str, Any], count: int) -> list[int]:
         """Return the token ids of the prompt."""
-        ids, prompt = found.get("prompt_token_ids"), found.get("prompt")
+        ids, prompt = request.get("prompt_token_ids"), request.get("prompt")
         ids = prompt if ids is None and isinstance(prompt, list) else ids
         if ids is not None:
             if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < 10**_MAX_DIGITS for each in ids):
@@ -204,7 +204,7 @@ def _find_logprobs(where: str, content: Any) -> list[tuple[list[Any], dict[str, 
             )
     choices = body.get("choices")
     holders = [each for each in choices if isinstance(each, dict)] if isinstance(choices, list) else []
-    found = []
+    entries_and_requests = []
     for holder in [body, *holders]:
         entries = holder.get("prompt_logprobs")
         if entries is None:
@@ -212,13 +212,13 @@ def _find_logprobs(where: str, content: Any) -> list[tuple[list[Any], dict[str, 
         if not isinstance(entries, list):
             raise DistillError(f"{where} has prompt_logprobs of type {type(entries).__name__}, and must have a list.")
         names = ("prompt_token_ids", "prompt", "model")
-        found.append((entries, {name: _first_given(name, holder, body, content) for name in names}))
-    if not found:
+        entries_and_requests.append((entries, {name: _first_given(name, holder, body, content) for name in names}))
+    if not entries_and_requests:
         raise DistillError(
             f"{where} has no prompt_logprobs: it has {', '.join(sorted(content)) or 'no keys'}. Request them with "
             "`prompt_logprobs: K`."
         )
-    return found
+    return entries_and_requests
 
 
 def _first_given(name: str, *objects: dict[str, Any]) -> Any:

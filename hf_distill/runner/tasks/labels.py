@@ -78,25 +78,25 @@ def find_labels(columns: Mapping[str, tuple[Dataset, str]], of_model: tuple[Labe
         raise DistillError(
             f"{', '.join(unnamed)} has numbers as labels, and the other data has names: give all data the same labels."
         )
-    known = list(dict.fromkeys(name for each in names.values() for name in each or ()))
+    names_in_data = list(dict.fromkeys(name for each in names.values() for name in each or ()))
     if not all(_is_class_label(rows, column) for rows, column in columns.values()):
-        known.sort()
+        names_in_data.sort()
     if of_model is not None and (of_model[0].is_named or unnamed):
         labels, owner = of_model
-        if missing := [name for name in known if name not in labels.names]:
+        if missing := [name for name in names_in_data if name not in labels.names]:
             raise DistillError(
                 f"The data has labels that {owner} does not have: {_list(missing)}"
                 f"{did_you_mean(missing[0], labels.names)}. Its labels are {_list(labels.names)}. Give the data the "
                 "same labels, or use a teacher that was trained on these."
             )
         return labels
-    if of_model is not None and len(known) != len(of_model[0].names):
+    if of_model is not None and len(names_in_data) != len(of_model[0].names):
         raise DistillError(
-            f"The data has {len(known)} labels ({_list(known)}), and {of_model[1]} has {len(of_model[0].names)} "
-            "classes: use data and a teacher with the same labels."
+            f"The data has {len(names_in_data)} labels ({_list(names_in_data)}), and {of_model[1]} has "
+            f"{len(of_model[0].names)} classes: use data and a teacher with the same labels."
         )
-    if known:
-        return Labels(tuple(known))
+    if names_in_data:
+        return Labels(tuple(names_in_data))
     return Labels.numbered(max(2, *(max(_numbers(rows, column, w)) + 1 for w, (rows, column) in columns.items())))
 
 
