@@ -77,23 +77,25 @@ def fused_distillation_loss(
     return loss
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, who: str) -> None:
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, role: str) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise DistillError(
-            f"{who}_hidden {tuple(hidden.shape)} and {who}_weight {tuple(weight.shape)} do not fit: give [N, H] and "
+            f"{role}_hidden {tuple(hidden.shape)} and {role}_weight {tuple(weight.shape)} do not fit: give [N, H] and "
             "[V, H] with the same H."
         )
     if labels.shape != hidden.shape[:1]:
         raise DistillError(
-            f"labels have shape {tuple(labels.shape)} and {who}_hidden {tuple(hidden.shape)}: give one label for each "
+            f"labels have shape {tuple(labels.shape)} and {role}_hidden {tuple(hidden.shape)}: give one label for each "
             "row, [N], already shifted."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise DistillError(f"{who}_bias {tuple(bias.shape)} does not fit {who}_weight {tuple(weight.shape)}: give [V].")
+        raise DistillError(
+            f"{role}_bias {tuple(bias.shape)} does not fit {role}_weight {tuple(weight.shape)}: give [V]."
+        )
     if len({hidden.device, weight.device, labels.device}) > 1:
         raise DistillError(
-            f"{who}_hidden is on {hidden.device}, {who}_weight on {weight.device} and labels on {labels.device}: move "
-            "them to one device."
+            f"{role}_hidden is on {hidden.device}, {role}_weight on {weight.device} and labels on {labels.device}: "
+            "move them to one device."
         )
 
 
@@ -102,10 +104,10 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def _check_finite(labels: Tensor, **hidden: Tensor) -> None:
-    for who, states in hidden.items():
+    for role, states in hidden.items():
         is_bad = ~torch.isfinite(states).all(-1) & (labels != IGNORE_INDEX)
         if is_bad.any():
             raise DistillError(
-                f"The {who}'s hidden state of token {int(is_bad.nonzero()[0])} is not finite: look for NaN and "
+                f"The {role}'s hidden state of token {int(is_bad.nonzero()[0])} is not finite: look for NaN and "
                 "infinity in its inputs and weights."
             )

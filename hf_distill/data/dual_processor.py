@@ -63,15 +63,15 @@ class DualProcessorCollator:
         teacher_kwargs: Mapping[str, Any] | None = None,
         columns: Sequence[str] = (),
     ):
-        for who, each, kwargs in (("student", student, student_kwargs), ("teacher", teacher, teacher_kwargs)):
+        for role, each, kwargs in (("student", student, student_kwargs), ("teacher", teacher, teacher_kwargs)):
             if isinstance(each, type) or not callable(each):
                 raise DistillError(
-                    f"The {who} of a DualProcessorCollator is {each!r}: give an image processor, a feature extractor, "
+                    f"The {role} of a DualProcessorCollator is {each!r}: give an image processor, a feature extractor, "
                     "a tokenizer, a processor, or a collator."
                 )
             if kwargs and not isinstance(each, Processor):
                 raise DistillError(
-                    f"{who}_kwargs {sorted(kwargs)} are for calls of a processor, and the {who}'s is a collator: set "
+                    f"{role}_kwargs {sorted(kwargs)} are for calls of a processor, and the {role}'s is a collator: set "
                     "its options when you create it."
                 )
         if isinstance(columns, str):
@@ -116,19 +116,19 @@ class DualProcessorCollator:
         return dict(self.teacher(columns))
 
 
-def _processed(processor: Processor, rows: Sequence[Row], kwargs: Mapping[str, Any], who: str) -> dict[str, Any]:
+def _processed(processor: Processor, rows: Sequence[Row], kwargs: Mapping[str, Any], role: str) -> dict[str, Any]:
     """Return the inputs that a processor makes of the raw columns."""
     if isinstance(processor, ProcessorMixin):
-        processor = _part_of(processor, rows, who)
+        processor = _part_of(processor, rows, role)
     if isinstance(processor, PreTrainedTokenizerBase):
-        texts = _column(rows, "text", who, processor)
-        pairs = _column(rows, "text_pair", who, processor) if "text_pair" in rows[0] else None
+        texts = _column(rows, "text", role, processor)
+        pairs = _column(rows, "text_pair", role, processor) if "text_pair" in rows[0] else None
         options = {"padding": True, "truncation": processor.model_max_length < _MAX_LENGTH or "max_length" in kwargs}
         return dict(processor(texts, pairs, **{**options, "return_tensors": "pt", **kwargs}))
     call: Callable[..., Mapping[str, Any]] = processor  # type: ignore[assignment]  # the mixins declare no call
     if isinstance(processor, ImageProcessingMixin):
-        return dict(call(_column(rows, "image", who, processor), **{"return_tensors": "pt", **kwargs}))
-    arrays, rate = _waves(_column(rows, "audio", who, processor), processor, who)
+        return dict(call(_column(rows, "image", role, processor), **{"return_tensors": "pt", **kwargs}))
+    arrays, rate = _waves(_column(rows, "audio", role, processor), processor, role)
     defaults = {"return_tensors": "pt"} | ({} if rate is None else {"sampling_rate": rate})
     padding = inspect.signature(call).parameters.get("padding")
     if padding is not None and not padding.default:  # others pad by default, some of them to a fixed length
@@ -136,7 +136,7 @@ def _processed(processor: Processor, rows: Sequence[Row], kwargs: Mapping[str, A
     return dict(call(arrays, **{**defaults, **kwargs}))
 
 
-def _part_of(processor: ProcessorMixin, rows: Sequence[Row], who: str) -> Any:
+def _part_of(processor: ProcessorMixin, rows: Sequence[Row], role: str) -> Any:
     """Return the part of a processor that reads the raw column of the rows."""
     parts = {column: getattr(processor, part, None) for column, part in _PARTS.items()}
     present = {column: part for column, part in parts.items() if part is not None and column in rows[0]}
@@ -144,24 +144,24 @@ def _part_of(processor: ProcessorMixin, rows: Sequence[Row], who: str) -> Any:
         return next(iter(present.values()))
     readable = [column for column, part in parts.items() if part is not None]
     raise DistillError(
-        f"The {who}'s {type(processor).__name__} reads {' or '.join(f'`{name}`' for name in readable)}, and the rows "
+        f"The {role}'s {type(processor).__name__} reads {' or '.join(f'`{name}`' for name in readable)}, and the rows "
         f"have {_listed(rows[0])}: pass the part of the processor that makes the inputs, such as "
         f"{_PARTS[readable[0]] if readable else 'the tokenizer'}, or a function of the rows that returns a batch."
     )
 
 
-def _column(rows: Sequence[Row], name: str, who: str, processor: object) -> list[Any]:
+def _column(rows: Sequence[Row], name: str, role: str, processor: object) -> list[Any]:
     missing = [i for i, row in enumerate(rows) if row.get(name) is None]
     if missing:
         raise DistillError(
-            f"The {who}'s {type(processor).__name__} reads the column `{name}`, and row {missing[0]} of the batch has "
+            f"The {role}'s {type(processor).__name__} reads the column `{name}`, and row {missing[0]} of the batch has "
             f"{_listed({k: v for k, v in rows[missing[0]].items() if v is not None})}: rename the column that has the "
             f"{'text' if name == 'text_pair' else name} with dataset.rename_column(..., {name!r})."
         )
     return [row[name] for row in rows]
 
 
-def _waves(values: list[Any], extractor: Any, who: str) -> tuple[list[np.ndarray], int | None]:
+def _waves(values: list[Any], extractor: Any, role: str) -> tuple[list[np.ndarray], int | None]:
     """Return the waveforms of `datasets.Audio` values or arrays, and their sampling rate; None if it is unknown."""
     plain = (list, tuple, np.ndarray, Tensor)
     arrays = [np.asarray(value if isinstance(value, plain) else value["array"], np.float32) for value in values]
@@ -169,7 +169,7 @@ def _waves(values: list[Any], extractor: Any, who: str) -> tuple[list[np.ndarray
     expected = getattr(extractor, "sampling_rate", None)
     if len(rates) > 1 or (rates and expected is not None and rates != {expected}):
         raise DistillError(
-            f"The audio has a sampling rate of {' and '.join(map(str, sorted(rates)))} Hz, and the {who}'s "
+            f"The audio has a sampling rate of {' and '.join(map(str, sorted(rates)))} Hz, and the {role}'s "
             f"{type(extractor).__name__} reads {expected or 'one rate only'}: set it with "
             f"dataset.cast_column('audio', datasets.Audio(sampling_rate={expected or max(rates)}))."
         )

@@ -158,20 +158,20 @@ def _teacher_reader(
     kind: str, other: OtherTokenizer, second_prompt: SecondPrompt | None
 ) -> Callable[[dict], dict[str, list[int]]]:
     """Return a function that makes the row of a teacher with another tokenizer from an example."""
-    who = "the teacher" if other.name is None else f"the teacher {other.name}"
+    teacher_name = "the teacher" if other.name is None else f"the teacher {other.name}"
     template = getattr(other.tokenizer, "chat_template", None)
     if kind == MESSAGES and template is None:
         raise DistillError(
-            f"The source has conversations, which {who} reads with its own chat template, and its tokenizer has none: "
-            "give the teacher a tokenizer with a chat_template (in a recipe: `tokenizer` of the teacher), or write the "
-            "conversations as texts."
+            f"The source has conversations, which {teacher_name} reads with its own chat template, and its tokenizer "
+            "has none: give the teacher a tokenizer with a chat_template (in a recipe: `tokenizer` of the teacher), or "
+            "write the conversations as texts."
         )
     marked = matching_template(other.tokenizer) if isinstance(template, str) else None  # renders the same text
     read = _ConversationTokenizer(other.tokenizer, marked and training_template(marked), assistant_only=True)
     column = second_prompt.column if second_prompt == TEACHER_PROMPT else "prompt"
 
     def read_row(example: dict) -> dict[str, list[int]]:
-        with _of_teacher(who):
+        with _of_teacher(teacher_name):
             row = read.from_messages(example) if kind == MESSAGES else read.from_completion(example, column)
         return dict(zip(other.columns, (row["input_ids"], row["labels"]), strict=True))
 
@@ -179,15 +179,15 @@ def _teacher_reader(
 
 
 @contextmanager
-def _of_teacher(who: str) -> Iterator[None]:
+def _of_teacher(teacher_name: str) -> Iterator[None]:
     """Add to errors that the chat template is the teacher's, and what is possible."""
     try:
         yield
     except DistillError as error:
         raise DistillError(
-            f"for {who}, which reads conversations with its own chat template: {str(error).rstrip('.')}. Change the "
-            "conversation (a system turn can become the beginning of the first user turn), leave it out, or give the "
-            "teacher a tokenizer whose chat_template renders it."
+            f"for {teacher_name}, which reads conversations with its own chat template: {str(error).rstrip('.')}. "
+            "Change the conversation (a system turn can become the beginning of the first user turn), leave it out, or "
+            "give the teacher a tokenizer whose chat_template renders it."
         ) from error
 
 

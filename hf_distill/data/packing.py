@@ -58,7 +58,7 @@ def _spread(row: dict, column: str) -> dict:
     return {f"{column}s": [row[column]] * len(row["input_ids"])}
 
 
-def check_packed_attention(model: nn.Module, who: str, collator: object = None) -> None:
+def check_packed_attention(model: nn.Module, role: str, collator: object = None) -> None:
     """Refuse a model in which a packed document attends to the document before it.
 
     This is measured: the logits of a document must not change with the document before it.
@@ -66,35 +66,35 @@ def check_packed_attention(model: nn.Module, who: str, collator: object = None) 
     Args:
         model: a causal language model on the device that it runs on, wrapped or not. If it is sharded, every rank has
             to call this, with the model in its wrappers.
-        who: student or teacher, for the error.
+        role: student or teacher, for the error.
         collator: the collator of the training; if its batches have the lengths of documents, the model gets them too.
 
     Raises:
         DistillError: the model takes no position_ids, or does not separate documents by them.
     """
-    if problem := packed_attention_problem(model, who, collator):
+    if problem := packed_attention_problem(model, role, collator):
         raise DistillError(problem)
 
 
-def packed_attention_problem(model: nn.Module, who: str, collator: object = None) -> str | None:
+def packed_attention_problem(model: nn.Module, role: str, collator: object = None) -> str | None:
     """Return why a model is refused, see `check_packed_attention`; None if it separates documents."""
-    if problem := missing_positions_problem(model, who):
+    if problem := missing_positions_problem(model, role):
         return problem
     inner = unwrap_model(model)
     why = f"its attention {inner.config._attn_implementation!r} does not separate documents by position_ids"
-    return _refusal(inner, who, why) if _documents_leak(model, collator) else None
+    return _refusal(inner, role, why) if _documents_leak(model, collator) else None
 
 
-def missing_positions_problem(model: nn.Module, who: str) -> str | None:
+def missing_positions_problem(model: nn.Module, role: str) -> str | None:
     """Return why a model is refused that takes no position_ids; None if it takes them. The model does not run."""
     inner = unwrap_model(model)
     takes_positions = accepts_any_input(inner) or "position_ids" in input_names(inner)
-    return None if takes_positions else _refusal(inner, who, "it takes no position_ids")
+    return None if takes_positions else _refusal(inner, role, "it takes no position_ids")
 
 
-def _refusal(model: nn.Module, who: str, why: str) -> str:
+def _refusal(model: nn.Module, role: str, why: str) -> str:
     return (
-        f"packing: in the {who} ({type(model).__name__}) a packed document attends to the one before it: {why}. "
+        f"packing: in the {role} ({type(model).__name__}) a packed document attends to the one before it: {why}. "
         "Turn packing and padding_free off, or load the model with attn_implementation='sdpa' or "
         "'flash_attention_2' if it supports one of them."
     )

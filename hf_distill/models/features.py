@@ -266,11 +266,11 @@ def _resolve_term(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTe
             "or use losses on logits."
         )
     if term.loss.feature == "attention":
-        for who, stack in (("student", student_stack), ("teacher", teacher_stack)):
+        for role, stack in (("student", student_stack), ("teacher", teacher_stack)):
             if stack.attention != "eager":
                 raise DistillError(
-                    f"{term.loss.name} needs attention maps, and the {who}'s {stack.attention} attention computes "
-                    f"none. Load the {who} with attn_implementation='eager', or use value_relation, which needs no "
+                    f"{term.loss.name} needs attention maps, and the {role}'s {stack.attention} attention computes "
+                    f"none. Load the {role} with attn_implementation='eager', or use value_relation, which needs no "
                     "maps."
                 )
     if term.loss.feature == EMBEDDING:

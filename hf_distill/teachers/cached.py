@@ -109,24 +109,7 @@ class CachedTeacher(Teacher):
         if self.source is not None:
             self.source.prepare(student, device, processing_class)
             self.model = self.source.model
-            source_class = type(unwrap_model(self.model)).__name__
-            if "imported" in manifest.teacher or "served" in manifest.teacher:
-                how = "imported" if "imported" in manifest.teacher else "written from a server"
-                problems.append(
-                    f"{self.path} was {how}, so it is not known whether its "
-                    "source is the teacher that wrote it: "
-                    "remove on_miss"
-                )
-            elif source_class != manifest.teacher["class"]:
-                problems.append(
-                    f"{self.path} was written by a {manifest.teacher['class']}, and its source is a {source_class}: "
-                    "pass the teacher that wrote the cache as source"
-                )
-            elif weights_fingerprint(unwrap_model(self.model)) != manifest.teacher["weights"]:
-                problems.append(
-                    f"{self.path} was written by a {source_class} with other weights (or dtype) than its source's: "
-                    "pass the teacher that wrote the cache as source"
-                )
+            problems += self._source_problems(unwrap_model(self.model))
         raise_if_any(problems)
         self._head: Any = {}  # OutputHeadTensors, if the cache has an output head
         if manifest.head is not None:
@@ -135,6 +118,27 @@ class CachedTeacher(Teacher):
             self._head = {name: tensors[name].to(device) for name in tensors} | {
                 "scaling": LogitScaling(**manifest.scaling)
             }
+
+    def _source_problems(self, source: nn.Module) -> list[str]:
+        """Return the reason why the source may not be the teacher that wrote the cache, if there is one."""
+        writer, source_class = self.manifest.teacher, type(source).__name__
+        if "imported" in writer or "served" in writer:
+            origin = "imported" if "imported" in writer else "written from a server"
+            return [
+                f"{self.path} was {origin}, so it is not known whether its source is the teacher that wrote it: "
+                "remove on_miss"
+            ]
+        if source_class != writer["class"]:
+            return [
+                f"{self.path} was written by a {writer['class']}, and its source is a {source_class}: pass the teacher "
+                "that wrote the cache as source"
+            ]
+        if weights_fingerprint(source) != writer["weights"]:
+            return [
+                f"{self.path} was written by a {source_class} with other weights (or dtype) than its source's: pass "
+                "the teacher that wrote the cache as source"
+            ]
+        return []
 
     def keep_all_ids(self) -> None:
         """Also return the log-probabilities of ids that the student does not have: its tokenizer is another one."""

@@ -144,13 +144,13 @@ def check_model_types(teacher: ModelType, student: ModelType) -> None:
         )
 
 
-def check_images_are_read(inputs: Mapping[str, Any], reader: nn.Module | Teacher, who: str) -> None:
+def check_images_are_read(inputs: Mapping[str, Any], reader: nn.Module | Teacher, role: str) -> None:
     """Check that a model or teacher reads the images of a batch, which a call would otherwise leave out.
 
     Args:
         inputs: the batch that it reads.
         reader: a model without wrappers, or a teacher.
-        who: name for the message: "student", "teacher" or "teacher 'name'".
+        role: name for the message: "student", "teacher" or "teacher 'name'".
 
     Raises:
         DistillError: it does not.
@@ -167,7 +167,7 @@ def check_images_are_read(inputs: Mapping[str, Any], reader: nn.Module | Teacher
             return
     kind = type(reader if reads_text_only or not isinstance(model, nn.Module) else unwrap_model(model)).__name__
     raise DistillError(
-        f"The batch has images ({', '.join(names)}), and the {who} is a {kind}, which reads text only: it would read "
+        f"The batch has images ({', '.join(names)}), and the {role} is a {kind}, which reads text only: it would read "
         "the placeholder tokens of the images as words. Use a frozen, EMA, snapshot, adapter-base or peer teacher "
         "which, like the student, is a vision-language model, or rows without images."
     )

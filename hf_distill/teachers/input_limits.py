@@ -159,7 +159,7 @@ def check_data(limits: InputLimits, rows: Any, name: str) -> None:
             raise DistillError(f"{name}: {error}") from None
 
 
-def check_ids(model: nn.Module, inputs: Mapping[str, Any], who: str = "student") -> None:
+def check_ids(model: nn.Module, inputs: Mapping[str, Any], role: str = "student") -> None:
     """Check that a model has an embedding for every id of its batch.
 
     A multimodal model may replace some ids before it looks them up, so its ids are not checked.
@@ -167,7 +167,7 @@ def check_ids(model: nn.Module, inputs: Mapping[str, Any], who: str = "student")
     Args:
         model: the student or a teacher.
         inputs: the batch that it reads.
-        who: "student" or "teacher".
+        role: "student" or "teacher".
 
     Raises:
         DistillError: an id is negative or beyond the model's embedding.
@@ -176,7 +176,7 @@ def check_ids(model: nn.Module, inputs: Mapping[str, Any], who: str = "student")
     rows, config = _embedding_rows(model), getattr(model, "config", None)
     if rows is None or config is None or _text_config(model) is not config:
         return
-    prefix = TEACHER_PREFIX if who == "teacher" else ""
+    prefix = TEACHER_PREFIX if role == "teacher" else ""
     for name in ("input_ids", "decoder_input_ids"):
         ids = inputs.get(name)
         if not isinstance(ids, Tensor) or not ids.numel() or ids.is_floating_point():
@@ -184,8 +184,8 @@ def check_ids(model: nn.Module, inputs: Mapping[str, Any], who: str = "student")
         smallest, largest = int(ids.min()), int(ids.max())
         if smallest < 0 or largest >= rows:
             raise DistillError(
-                f"{prefix}{name} has the token id {smallest if smallest < 0 else largest}, and the {who}'s embedding "
-                f"has {rows} rows, for the ids 0 to {rows - 1}. Tokenize the data with the {who}'s tokenizer, or call "
+                f"{prefix}{name} has the token id {smallest if smallest < 0 else largest}, and the {role}'s embedding "
+                f"has {rows} rows, for the ids 0 to {rows - 1}. Tokenize the data with the {role}'s tokenizer, or call "
                 "`model.resize_token_embeddings` after tokens were added."
             )
 

@@ -125,7 +125,7 @@ class PackedAttentionCheck(TrainerCallback):
     def __init__(self, trainer: Any):
         self._trainer, self._is_pending = trainer, True
         models = {"student": trainer.model} | _teacher_models(trainer)
-        raise_if_any([p for who, model in models.items() if (p := missing_positions_problem(model, who))])
+        raise_if_any([p for role, model in models.items() if (p := missing_positions_problem(model, role))])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -144,11 +144,13 @@ class PackedAttentionCheck(TrainerCallback):
         """
         if not self._is_pending:
             return
-        for who, model in ({"student": student} | _teacher_models(self._trainer)).items():
+        for role, model in ({"student": student} | _teacher_models(self._trainer)).items():
             with self._trainer.accelerator.autocast():
-                problem = packed_attention_problem(model, who, self._trainer.data_collator)
+                problem = packed_attention_problem(model, role, self._trainer.data_collator)
             if any_process(problem is not None, self._trainer.args.device):
-                raise DistillError(problem or f"packing: on another rank, documents attend to each other in the {who}.")
+                raise DistillError(
+                    problem or f"packing: on another rank, documents attend to each other in the {role}."
+                )
         self._is_pending = False
 
 

@@ -34,22 +34,22 @@ class TextRules:
     prefix_is_forced: bool
 
 
-def text_rules(tokenizer: Any, who: str = "model") -> TextRules:
+def text_rules(tokenizer: Any, role: str = "model") -> TextRules:
     """Read how a tokenizer treats text.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        who: student or teacher, for the error.
+        role: student or teacher, for the error.
 
     Raises:
         DistillError: the text of its tokens cannot be mapped to bytes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not getattr(tokenizer, "is_fast", False):
-        raise _refusal(tokenizer, who, "it is not a fast tokenizer (one of the library `tokenizers`)")
+        raise _refusal(tokenizer, role, "it is not a fast tokenizer (one of the library `tokenizers`)")
     normalizer, pre_tokenizer = _steps(backend.normalizer), _steps(backend.pre_tokenizer)
     if reason := _refusal_reason(backend.model, normalizer, pre_tokenizer):
-        raise _refusal(tokenizer, who, reason)
+        raise _refusal(tokenizer, role, reason)
     steps = [*normalizer, *pre_tokenizer]
     prefix_space, is_forced = NEVER, False
     for step in steps:
@@ -218,9 +218,9 @@ def _refusal_reason(model: Any, normalizer: list[dict], pre_tokenizer: list[dict
     return None
 
 
-def _refusal(tokenizer: Any, who: str, reason: str) -> DistillError:
+def _refusal(tokenizer: Any, role: str, reason: str) -> DistillError:
     return DistillError(
-        f"The text of the {who}'s tokens ({type(tokenizer).__name__}) cannot be mapped to bytes, because {reason}. "
+        f"The text of the {role}'s tokens ({type(tokenizer).__name__}) cannot be mapped to bytes, because {reason}. "
         "Teachers of another tokenizer need byte-level BPE (GPT-2, Qwen, Llama 3) or SentencePiece BPE (Gemma, Llama "
         "2) on both sides: use such a model, or a teacher with the student's tokenizer."
     )

@@ -32,7 +32,7 @@ def tokenizer_pair(student: Any, teacher: Any) -> tuple[TokenizerText, Tokenizer
         DistillError: the text of the tokens of one of them cannot be mapped to bytes.
     """
     tokenizers = [getattr(each, "tokenizer", each) for each in (student, teacher)]
-    rules = [text_rules(each, who) for each, who in zip(tokenizers, ("student", "teacher"), strict=True)]
+    rules = [text_rules(each, role) for each, role in zip(tokenizers, ("student", "teacher"), strict=True)]
     marks = common_thinking_marks(*tokenizers)
     specials = [special_tokens(each, marks) for each in tokenizers]
     student_text, teacher_text = (
