@@ -7,7 +7,11 @@ from importlib.util import find_spec
 
 
 class DistillError(ValueError):
-    """Bad input: the message says what was given, what is possible, and what to do."""
+    """An input is invalid: the message says what was given, what is possible, and what to do.
+
+    All problems of an input are reported at once. It is a `ValueError`, and everything of this package that refuses an
+    argument, a recipe, a model or a file raises it.
+    """
 
 
 class RunError(RuntimeError):

@@ -134,6 +134,21 @@ def test_public_names_exist_and_an_unknown_name_is_an_attribute_error():
         _ = hf_distill.DistilTrainer
 
 
+@pytest.mark.parametrize("package", ["", "analysis", "planning", "recipe", "report", "trainer"])
+def test_type_checkers_see_every_name_that_is_imported_on_first_use(package):
+    module = importlib.import_module(f"hf_distill.{package}".rstrip("."))
+    tree = ast.parse(Path(module.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imported = {
+        alias.asname: (importlib.import_module("." * node.level + node.module, module.__name__), alias.name)
+        for node in block.body
+        for alias in node.names
+    }
+    assert {*imported} == {*module._HOME}
+    for name, (home, original) in imported.items():
+        assert getattr(home, original) is getattr(module, name)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT.parent / "benchmarks").rglob("*.py")), ids=lambda p: p.name)
 def test_benchmarks_import_existing_names(path):
     """Benchmarks run rarely, so a renamed module would be noticed late."""

@@ -31,7 +31,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
     """Read and validate a recipe.
 
     Args:
-        reference: Name, path or Hub address of the recipe; see `find_recipe`.
+        reference: Name of a packaged recipe, path of a YAML file, or address on the Hub (hf://org/repo@revision/file).
         overrides: `key=value` with a dotted key, such as `train.max_steps=20`; the value is YAML.
         smoke: Replace the models by tiny random ones and train for a few steps. Overrides take precedence.
 
@@ -41,6 +41,10 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
     Raises:
         DistillError: The recipe is not found, is not YAML, is invalid, needs a newer hf-distill, or is an untrusted
             recipe from the Hub with values that are not allowed. The message lists every problem with its key.
+
+    Example:
+        recipe = load_recipe("quickstart", ["train.max_steps=20"])
+        result = run_recipe(recipe)
     """
     source = find_recipe(reference)
     values = resolve_values(source, reference)

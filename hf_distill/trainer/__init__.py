@@ -4,6 +4,7 @@ Names are imported when they are first used, so that the package can be imported
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 _HOME = {
     "DistillArguments": "config",
@@ -16,8 +17,16 @@ _HOME = {
 
 __all__ = list(_HOME)
 
+if TYPE_CHECKING:
+    from .config import DistillArguments as DistillArguments
+    from .config import DistillConfig as DistillConfig
+    from .seq2seq import DistillSeq2SeqConfig as DistillSeq2SeqConfig
+    from .seq2seq import DistillSeq2SeqTrainer as DistillSeq2SeqTrainer
+    from .trainer import DistillMixin as DistillMixin
+    from .trainer import DistillTrainer as DistillTrainer
+else:
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)

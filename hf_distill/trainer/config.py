@@ -334,7 +334,20 @@ class DistillArguments:
 class DistillConfig(DistillArguments, TrainingArguments):
     """`transformers.TrainingArguments` with the arguments of a distillation.
 
-    Every field can be set on the command line of a script that uses `HfArgumentParser`.
+    The fields of `DistillArguments` by purpose; the help text of each field states its values and its default.
+
+    Objective: `temperature`, `alpha`, `divergence`, `losses`, `projectors`, `by_origin`, `cross_tokenizer`
+    Teacher:   `teacher_init_kwargs`, `teacher_deepspeed`, `teacher_fsdp`
+    Run:       `chunk_tokens`, `compile_teacher`, `self_check`, `max_consecutive_nonfinite_steps`, `stop_on_signal`
+
+    Every field can be set on the command line of a script that uses `HfArgumentParser`. Dicts and lists can be given
+    as JSON.
+
+    Raises:
+        DistillError: a value is out of range, or a loss or an option is unknown; the message names all of them.
+
+    Example:
+        args = DistillConfig("out", temperature=2.0, alpha=0.5, losses=[{"name": "hidden_mse", "weight": 1.0}])
     """
 
     # The base class does not annotate it, so that it counts as an attribute of instances.

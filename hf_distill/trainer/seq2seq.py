@@ -22,7 +22,8 @@ check_upstream("transformers", Seq2SeqTrainer, SEQ2SEQ_TRAINER)
 class DistillSeq2SeqConfig(DistillArguments, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with the arguments of a distillation.
 
-    Every field can be set on the command line of a script that uses `HfArgumentParser`.
+    The further fields are those of `DistillConfig`, and `share_encoder`. Every field can be set on the
+    command line of a script that uses `HfArgumentParser`.
     """
 
     share_encoder: bool = field(

@@ -697,11 +697,19 @@ class DistillMixin(_Base):
 class DistillTrainer(DistillMixin, Trainer):
     """`transformers.Trainer` with a teacher.
 
+    The loss of a batch, over target tokens (labels != -100), is
+
+        (alpha * T^2 * sum KL(teacher || student) + (1 - alpha) * sum cross entropy) / num_items_in_batch
+
+    `evaluate` returns the loss, and `eval_perplexity`, `eval_kl`, `eval_agreement` and `eval_teacher_perplexity` at
+    T = 1. Without a teacher it trains and evaluates as `Trainer` does, bit for bit.
+
     Args:
-        teacher: the teacher: a model, the id or path of a model, or a `Teacher`. None trains without a teacher.
-        teachers: several teachers by name, with equal weights. For other weights pass a `MultiTeacher` as `teacher`.
+        model: the student: a transformers model, a PEFT model, or another module with `model_type`.
         args: a `DistillConfig`, or plain `TrainingArguments` (the objective then has its defaults: temperature 2,
             alpha 0.5).
+        teacher: the teacher: a model, the id or path of a model, or a `Teacher`. None trains without a teacher.
+        teachers: several teachers by name, with equal weights. For other weights pass a `MultiTeacher` as `teacher`.
         model_type: what the outputs of `model` are, if it is no transformers model or its class does not tell it, such
             as "classification"; see `docs/model-types.md` for the names.
 
@@ -709,6 +717,18 @@ class DistillTrainer(DistillMixin, Trainer):
 
     Raises:
         DistillError: teacher and student do not fit together, or an argument does not work with distillation.
+
+    Example:
+        trainer = DistillTrainer(
+            model=student,
+            teacher="org/teacher",
+            args=DistillConfig("out", temperature=2.0, alpha=0.5),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+
+    Source: Hinton et al., arXiv 1503.02531.
     """
 
 

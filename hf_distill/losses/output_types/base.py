@@ -23,10 +23,11 @@ OUTPUT_NAMES = {  # for messages
 
 
 class OutputType(ABC):
-    """What the outputs of a model are, and the defaults that follow from it.
+    """Base class of output types: describes the outputs of a model, and gives its losses, labels and metrics.
 
-    A derived class with a new name in `outputs` makes a new kind: losses are registered for it with
-    `@loss(..., outputs=name)`. See `register_model_type`.
+    The output type of a language model is a distribution over ids for each token, that of a regression model is one
+    real number for each row. A derived class with a new name in `outputs` makes a new kind: losses are registered for
+    it with `@loss(..., outputs=name)`. See `register_model_type`.
 
     outputs:         one of `core.loss_kinds.OUTPUTS`, which the losses of the objective must fit
     soft_loss:       name of the default loss of the soft term

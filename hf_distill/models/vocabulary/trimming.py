@@ -51,6 +51,9 @@ def trim_vocabulary(
         keep: ids to keep. Special and added tokens, those of bytes or characters, and tokens that the kept ones are
             merged from are always kept.
 
+    Returns:
+        (the smaller model, its tokenizer, for each of its ids the id that the token had before).
+
     Raises:
         DistillError: the tokenizer or the model cannot be trimmed, or an id does not exist.
     """
