@@ -120,7 +120,16 @@ def data_curve(
 
 
 def compute(recipe: Recipe, tokens: int, pretraining_tokens: float = PRETRAINING_TOKENS) -> Compute:
-    """Return the compute of a recipe over `tokens` training tokens, compared with pretraining its student."""
+    """Return the compute of a recipe over `tokens` training tokens, compared with pretraining its student.
+
+    Args:
+        recipe: the recipe.
+        tokens: number of training tokens.
+        pretraining_tokens: number of tokens of the pretraining to compare with.
+
+    Returns:
+        FLOP of the run and of the pretraining.
+    """
     is_sharded = recipe.train.fsdp or recipe.train.deepspeed or (recipe.teacher and recipe.teacher.fsdp)
     planned = plan(recipe, 8 if is_sharded else 1, 80.0, pretraining_tokens=pretraining_tokens)
     student = planned.student.training * tokens

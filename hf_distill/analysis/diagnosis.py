@@ -53,6 +53,9 @@ def diagnose(
         references: metrics of the initial student and of the control (`References.of_evidence`); without them the
             student is compared only with the unigram baseline and a uniform distribution.
 
+    Returns:
+        the measurements, and a verdict on each failure mode with advice.
+
     Raises:
         DistillError: the held-out rows have no target token, a model is missing or has NaN logits, or the rows have ids
             that a model lacks.

@@ -149,6 +149,9 @@ def measure_drafts_of(
         drafted_tokens: see `measure_drafts`.
         on_stage: called with a short description of each stage as it begins.
 
+    Returns:
+        accepted tokens and speed of each model of the run as a draft model.
+
     Raises:
         DistillError: see `ModelPair.of_run`, `measure_drafts`.
     """

@@ -135,6 +135,9 @@ def retention_of(
         batch_size: of the harness.
         on_stage: called with a short description of each stage as it begins.
 
+    Returns:
+        the scores of the models on each task.
+
     Raises:
         DistillError: see `load_tasks`, `RunModels.of_run`.
     """

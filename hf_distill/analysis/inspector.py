@@ -99,6 +99,9 @@ def inspect_teacher(
         k: number of likeliest ids to show at each position.
         temperatures: for `by_temperature`; T = 1 and the pair's temperature are added.
 
+    Returns:
+        the measurements of the soft labels.
+
     Raises:
         DistillError: the held-out rows have no target token, there is no teacher, or an argument is out of range.
     """

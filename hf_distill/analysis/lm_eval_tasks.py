@@ -52,6 +52,9 @@ def load_tasks(names: Sequence[str] | None = None, folder: str | Path | None = N
         names: None: all tasks of the folder, or the packaged ones, which need no network.
         folder: of custom tasks in YAML.
 
+    Returns:
+        the tasks.
+
     Raises:
         DistillError: lm-eval is not installed, a name is unknown, or a task's data cannot be loaded.
     """

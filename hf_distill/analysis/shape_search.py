@@ -63,6 +63,9 @@ def find_shape(
         steps: that the winner would have trained at most; fewer than train.max_steps, whose schedule is used.
         on_stage: called with a short description of each stage as it begins.
 
+    Returns:
+        all candidates with their results, and the shape that was found.
+
     Raises:
         DistillError: the recipe cannot be searched, no shape fits, or the folder contains another search.
 

@@ -72,6 +72,9 @@ def find_temperature(
         folder: of the search; None: the recipe's train.output_dir with "-temperature" appended.
         on_stage: called with a short description of each stage as it begins.
 
+    Returns:
+        all candidates with their results, and the best one.
+
     Raises:
         DistillError: the grid or recipe cannot be searched, or the folder contains another search.
 

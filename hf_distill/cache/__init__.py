@@ -23,6 +23,9 @@ def open_cache(path: str) -> CacheReader:
     Args:
         path: a folder, or hf://datasets/org/name[@revision], which is downloaded.
 
+    Returns:
+        a reader of the cache.
+
     Raises:
         DistillError: the path is not a complete cache.
     """

@@ -205,6 +205,13 @@ class Manifest:
 def read_manifest(folder: Path, name: str = FILE) -> Manifest:
     """Read the manifest of a cache.
 
+    Args:
+        folder: folder of the cache.
+        name: name of the file.
+
+    Returns:
+        the manifest.
+
     Raises:
         DistillError: the folder is not a cache, or an unfinished cache, the format is another one, or the manifest is
             damaged.

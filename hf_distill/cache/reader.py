@@ -138,7 +138,13 @@ def write_index(folder: Path, shards: Sequence[ShardEntry]) -> FileEntry:
 
 
 def verify_cache(folder: Path) -> Manifest:
-    """Verify every file of a cache and return its manifest.
+    """Verify every file of a cache by its size and digest.
+
+    Args:
+        folder: folder of the cache.
+
+    Returns:
+        the manifest.
 
     Raises:
         DistillError: files are missing or damaged; the message names all of them.

@@ -42,6 +42,9 @@ def load_examples(
         column: the column that holds the text; None: the format is detected from the columns.
         streaming: whether to read the data during training.
 
+    Returns:
+        the examples, with the columns of their format.
+
     Raises:
         DistillError: there is no such data set, file, column or format, or the source has no examples.
     """
@@ -168,6 +171,9 @@ def split_held_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset
         documents: N documents.
         share: fraction of the documents that is held out, between 0 and 1.
         seed: seed of the random split.
+
+    Returns:
+        (training documents, held-out documents).
 
     Raises:
         DistillError: there are too few documents for the share.

@@ -36,7 +36,15 @@ def shares(weights: Mapping[str, float]) -> list[float]:
 
 
 def add_source_column(rows: Examples, source: int) -> Examples:
-    """Return the same rows with a column `source`, the index of their source."""
+    """Return the same rows with a column `source`, the index of their source.
+
+    Args:
+        rows: the rows of one source.
+        source: index of the source.
+
+    Returns:
+        the rows with the column.
+    """
     features = None if rows.features is None else Features({**rows.features, "source": Value("int64")})
 
     def source_column(batch: dict) -> dict:

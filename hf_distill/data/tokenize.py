@@ -35,7 +35,23 @@ def tokenize_dataset(
 ) -> Examples:
     """Tokenize examples of any format to rows of at most `max_length` tokens.
 
-    See `concat_and_chunk` for text and `tokenize_examples` for the other formats.
+    Text is concatenated and cut by `concat_and_chunk`; the other formats are tokenized by `tokenize_examples`, which
+    describes the arguments.
+
+    Args:
+        documents: `text`, `messages`, `prompt` + `completion`, or `input_ids`.
+        tokenizer: the student's tokenizer.
+        max_length: maximum tokens of a row.
+        assistant_only: whether only the assistant's turns of conversations are target tokens; None: if the chat
+            template marks them. Not for text.
+        overflow: see `tokenize_examples`.
+        second_prompt: see `tokenize_examples`.
+        where: name of the source in errors.
+        chat_template: see `tokenize_examples`.
+        other_tokenizers: see `tokenize_examples`.
+
+    Returns:
+        a data set with `input_ids` and `labels`, [S] each.
 
     Raises:
         DistillError: see these functions; or `assistant_only` is set for text.
@@ -70,6 +86,12 @@ def concat_and_chunk(
     """Concatenate documents with EOS tokens between them and cut them into rows of exactly `max_length` tokens.
 
     The remainder of each batch of documents is dropped.
+
+    Args:
+        documents: examples with `text`.
+        tokenizer: the student's tokenizer, which has an EOS token.
+        max_length: tokens of a row.
+        where: name of the source in errors.
 
     Returns:
         a data set with `input_ids` and `labels`, [max_length] each.

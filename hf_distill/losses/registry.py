@@ -195,6 +195,9 @@ def register_gradient(of: Callable, sparse: bool = False) -> Callable[[Callable]
     Args:
         of: the registered loss function.
         sparse: whether it is for a sparse teacher, which is `block.sparse_teacher`.
+
+    Returns:
+        a decorator that returns the function unchanged.
     """
 
     def register(function: Callable) -> Callable:

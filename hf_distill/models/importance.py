@@ -73,6 +73,9 @@ def measure_importance(
         by: "activation" or "weight".
         with_block_influence: whether block influence is measured in the same pass.
 
+    Returns:
+        the importance of the units, and block influence if it was measured.
+
     Raises:
         DistillError: the model is quantized, has adapters or is no causal language model; `by` is another word; or
             there is no batch with a token.

@@ -48,6 +48,13 @@ def prune_student(teacher: nn.Module, shape: PrunedShape, importance: Importance
 def pruned_config(teacher: PreTrainedModel, shape: PrunedShape) -> PretrainedConfig:
     """Return the config of a student of a shape; no weights are read, so that the teacher may be on the meta device.
 
+    Args:
+        teacher: see `prune_student`.
+        shape: sizes of the student.
+
+    Returns:
+        a config of the teacher's class.
+
     Raises:
         DistillError: see `prune_student`.
     """
@@ -61,6 +68,14 @@ def pruned_config(teacher: PreTrainedModel, shape: PrunedShape) -> PretrainedCon
 
 def select_units(teacher: PreTrainedModel, shape: PrunedShape, importance: Importance) -> KeptUnits:
     """Choose the units that a student of a shape keeps: the most important of each module.
+
+    Args:
+        teacher: see `prune_student`.
+        shape: sizes of the student.
+        importance: importance of the units; see `measure_importance`.
+
+    Returns:
+        the units to keep.
 
     Raises:
         DistillError: see `prune_student`.
@@ -100,6 +115,9 @@ def keep_units(teacher: nn.Module, kept: KeptUnits) -> PreTrainedModel:
     Args:
         teacher: the model whose units are named.
         kept: the units.
+
+    Returns:
+        a model of the teacher's class in training mode, with the sizes of the units in its config.
 
     Raises:
         DistillError: the teacher has no such units, or the class of its config refuses the sizes.

@@ -30,6 +30,14 @@ def rule_of_thumb(teacher_parameters: float, student_parameters: float, tokens: 
     """Estimate the FLOP of a distillation: 2 * N_teacher * tokens + 6 * N_student * tokens.
 
     70e9 into 8e9 parameters on 20e9 tokens: 3.76e21 FLOP, 3.9 % of training the 8e9 on 2e12 tokens.
+
+    Args:
+        teacher_parameters: number of parameters of the teacher.
+        student_parameters: number of parameters of the student.
+        tokens: number of training tokens.
+
+    Returns:
+        FLOP of the teacher's forward and of training the student.
     """
     return FlopEstimate(2 * teacher_parameters * tokens, six_nd(student_parameters, tokens))
 

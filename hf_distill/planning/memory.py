@@ -53,6 +53,9 @@ def estimate_memory(workload: Workload, strategy: Strategy, gpus: int) -> Memory
         workload: the models and the batch.
         strategy: the placement of the models.
         gpus: number of GPUs.
+
+    Returns:
+        bytes on one GPU and in host memory, by part.
     """
     world, trained_itemsize = strategy.processes(gpus), workload.trained(strategy)
     trained, itemsize = workload.trained_parameters, workload.teacher_dtype.itemsize

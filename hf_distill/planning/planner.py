@@ -101,6 +101,9 @@ def plan(
         pretraining_tokens: number of tokens of a pretraining of the student to compare with.
         rates: what the recipe does not say about its generation; None: the defaults.
 
+    Returns:
+        the plan: memory of each strategy, cost, sizes of teacher caches, and advice.
+
     Raises:
         DistillError: the config of a model is not found, a number is out of range, or a model is sharded on one GPU;
             the error lists all problems; or the recipe has another task than text-generation.

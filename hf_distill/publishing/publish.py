@@ -96,6 +96,9 @@ def publish(
         allow_smoke: publish a smoke run, whose models have random initial weights; the card states it.
         on_stage: called with a short message when a stage begins.
 
+    Returns:
+        the address and the commit of the published student.
+
     Raises:
         DistillError: the run is not finished, or is a smoke run; `repo` is not a repository id; there is no token;
             licenses conflict; the repository contains files that `publish` did not write, or is public although

@@ -40,6 +40,9 @@ def report(run: Run, on_stage: Callable[[str], None] = lambda text: None) -> Rep
         run: see `open_run`.
         on_stage: called with a short description of each stage as it begins.
 
+    Returns:
+        the path of the page, and the sections that are missing.
+
     Raises:
         DistillError: matplotlib is not installed, or the folder lacks a file that every run writes.
     """

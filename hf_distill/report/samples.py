@@ -49,6 +49,9 @@ def write_samples(
         new_tokens: maximum number of generated tokens.
         on_stage: called with a short description of each stage as it begins.
 
+    Returns:
+        the prompts with the continuations of each model.
+
     Raises:
         DistillError: see `ModelPair.of_run`.
     """

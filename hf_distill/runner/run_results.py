@@ -86,6 +86,9 @@ class Run:
 def open_run(folder: str | Path) -> Run:
     """Open a run folder.
 
+    Returns:
+        the run and its recipe.
+
     Raises:
         DistillError: The folder does not exist, or is not a run folder because it has no recipe.yaml.
     """
