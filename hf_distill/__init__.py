@@ -46,6 +46,7 @@ _HOME = {
     # recipes
     "load_recipe": "recipe",
     "run_recipe": "recipe",
+    "generate_data": "recipe",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .losses import RowOutputs as RowOutputs
     from .losses import loss as loss
     from .model_types import register_model_type as register_model_type
+    from .recipe import generate_data as generate_data
     from .recipe import load_recipe as load_recipe
     from .recipe import run_recipe as run_recipe
     from .student import PrunedShape as PrunedShape

@@ -37,13 +37,14 @@ class Collator:
     of this package turns them on if a model has flash attention; other attention ignores them.
 
     Args:
-        pad_token_id: token id of the padding.
+        pad_token_id: token id of the padding; None (the tokenizer has no padding token): 0. The attention mask and the
+            labels exclude padding, so that its id does not change the result.
         sources: names of the sources, in the order of their indices.
         return_flash_attn_kwargs: whether batches of packed rows have the lengths of their documents.
     """
 
-    def __init__(self, pad_token_id: int, sources: Sequence[str] = (), return_flash_attn_kwargs: bool = False):
-        self.pad_token_id, self.sources = pad_token_id, tuple(sources)
+    def __init__(self, pad_token_id: int | None, sources: Sequence[str] = (), return_flash_attn_kwargs: bool = False):
+        self.pad_token_id, self.sources = 0 if pad_token_id is None else pad_token_id, tuple(sources)
         self.return_flash_attn_kwargs = return_flash_attn_kwargs
         self._flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=return_flash_attn_kwargs)
 

@@ -180,8 +180,9 @@ def split_held_out(documents: Dataset, share: float, seed: int) -> tuple[Dataset
     """
     if not 1 <= round(share * len(documents)) < len(documents):
         raise DistillError(
-            f"A held-out share of {share} of {len(documents)} documents leaves one side empty. Give `eval` a separate "
-            "path, or use a source with more documents (in a .txt file each paragraph is a document)."
+            f"A held-out share of {share} of {len(documents)} documents leaves one side empty. Use another share "
+            "(1 / number of documents, or more), a separate source for the evaluation (data.eval.path of a recipe), or "
+            "a source with more documents (in a .txt file each paragraph is a document)."
         )
     parts = documents.train_test_split(test_size=share, seed=seed)
     return parts["train"], parts["test"]

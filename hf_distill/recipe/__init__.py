@@ -8,11 +8,15 @@ _HOME = {
     "load_recipe": ".load",
     "list_recipes": ".resolve",
     "run_recipe": "..runner.run",
+    "generate_data": "..runner.generate",
+    "GeneratedData": "..runner.generate",
 }
 
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from ..runner.generate import GeneratedData as GeneratedData
+    from ..runner.generate import generate_data as generate_data
     from ..runner.run import run_recipe as run_recipe
     from .load import load_recipe as load_recipe
     from .resolve import list_recipes as list_recipes

@@ -1,8 +1,9 @@
 """Loads a recipe by its reference, applies overrides, and validates it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
@@ -27,11 +28,12 @@ _MAX_ROUNDS = 4  # validations without the wrong values, to find the contradicti
 _MAX_KEY_PARTS = 16  # dotted parts in the key of an override
 
 
-def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
+def load_recipe(reference: str | Mapping[str, object], overrides: Sequence[str] = (), smoke: bool = False) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        reference: Name of a packaged recipe, path of a YAML file, or address on the Hub (hf://org/repo@revision/file).
+        reference: Name of a packaged recipe, path of a YAML file, or address on the Hub (hf://org/repo@revision/file);
+            or a nested dict of what the file would contain. Relative paths in a dict refer to the current folder.
         overrides: `key=value` with a dotted key, such as `train.max_steps=20`; the value is YAML.
         smoke: Replace the models by tiny random ones and train for a few steps. Overrides take precedence.
 
@@ -46,13 +48,16 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), smoke: bool = Fal
         recipe = load_recipe("quickstart", ["train.max_steps=20"])
         result = run_recipe(recipe)
     """
-    source = find_recipe(reference)
-    values = resolve_values(source, reference)
+    if isinstance(reference, str):
+        source = find_recipe(reference)
+        values, folder = resolve_values(source, reference), source.folder
+    else:
+        values, folder = _resolve_base(deepcopy(cast(JSONObject, dict(reference))), "The recipe"), Path()
     if smoke:
-        values = smoke_values(validate(values, source.folder))
+        values = smoke_values(validate(values, folder))
     for override in overrides:
         _apply_override(values, override)
-    return validate(values, source.folder)
+    return validate(values, folder)
 
 
 def resolve_values(source: RecipeSource, reference: str) -> JSONObject:
@@ -68,14 +73,18 @@ def resolve_values(source: RecipeSource, reference: str) -> JSONObject:
         raise DistillError(
             f"{reference} is not a mapping. A recipe is a YAML mapping with the keys student, teacher, data and train."
         )
-    _check_version(values.get("requires"), reference)
-    values = apply_extends(values, reference)
+    values = _resolve_base(values, reference)
     if source.origin is None:
         return values
     values = pin_relative_paths(values, source.origin)
     if problems := policy_violations(validate(with_placeholder_urls(values), source.folder)):
         raise_problems(problems, f"in the untrusted recipe {source.origin}")
     return values | {"origin": source.origin}
+
+
+def _resolve_base(values: JSONObject, reference: str) -> JSONObject:
+    _check_version(values.get("requires"), reference)
+    return apply_extends(values, reference)
 
 
 def _check_version(requires: JSON, reference: str) -> None:

@@ -76,21 +76,34 @@ def generate_data(
     on_progress: Callable[[GenerationProgress], None] = lambda progress: None,
     sources: Sequence[SourceRow] | None = None,
 ) -> GeneratedData:
-    """Complete the prompts of a recipe, and write the completions as a data set.
+    """Let the teacher of a recipe complete the prompts of its data, filter the completions, and write a data set.
 
-    After an interruption, `resume` generates the parts that are missing.
+    This is `hf-distill generate RECIPE -o FOLDER`. `hf_distill.data.load_examples` reads the folder.
 
     Args:
-        recipe: The recipe; without a section `generate` its defaults apply.
-        folder: Folder of the data set.
-        resume: Whether to continue a data set.
+        recipe: The recipe, see `load_recipe`; without a section `generate` its defaults apply.
+        folder: Local folder of the data set.
+        resume: Continue the data set in the folder: generate the completions that are missing, and none if it is
+            complete. Without a data set in the folder, start one. If false, a folder with one is an error.
         on_stage: Called with a short description of each stage when it begins.
         on_progress: Called at most twice a second.
         sources: The prompts; None: those of all sources.
 
+    Returns:
+        The folder, and the numbers of completions, tokens, and rows that the filters kept.
+
     Raises:
-        DistillError: The recipe, the data or the folder is not possible.
+        DistillError: The recipe is not of text generation, a source has no prompts, the filters kept no row, or the
+            folder holds other files or the completions of another recipe.
         RunError: A server failed.
+
+    Example::
+
+        from hf_distill import generate_data, load_recipe
+
+        data = generate_data(load_recipe("my.yaml"), "data/answers")
+
+    Source: sequence-level distillation, arXiv 1606.07947.
     """
     require_text_generation(recipe, "`hf-distill generate`")
     if reference_kind(folder) == "address":

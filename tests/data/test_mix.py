@@ -92,6 +92,9 @@ def test_batches_are_padded_and_hold_the_source_of_each_token():
     assert batch["source"][0].tolist() == [1, 1, 1]
     assert batch["source"][1, 0] == 0
     assert Collator(9)([{"input_ids": [1, 2], "labels": [1, 2]}]).keys() == {"input_ids", "labels"}
+    batch = Collator(None, NAMES)(rows)  # a tokenizer without a padding token
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 class StopAtStep(TrainerCallback):

@@ -111,6 +111,23 @@ def test_the_cross_tokenizer_script_compares_two_tokenizers(run_example, chats, 
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_the_sequence_level_script_trains_on_the_answers_of_the_teacher(run_example, chats, tmp_path):
+    student = save_model(tmp_path / "student", 0, 2)
+    teacher = save_model(tmp_path / "teacher", 1, 3, width=48)
+    config = json.loads(Path(teacher, "generation_config.json").read_text())
+    config["eos_token_id"] = [config["eos_token_id"], *range(0, 256, 16)]  # some answers end within a few tokens
+    Path(teacher, "generation_config.json").write_text(json.dumps(config))
+    options = ("--student", student, "--teacher", teacher, "--dataset", chats, "--max_new_tokens", "24")
+    variables = run_example("sequence_level.py", *options, "--max_length", "128")
+    improved(variables, "eval_kl")
+    answers, rows = variables["answers"], variables["train_rows"].to_list() + variables["eval_rows"].to_list()
+    assert answers.completions == 20
+    assert 1 < len(rows) == answers.rows == 20 - sum(count.removed for count in answers.counts)
+    assert {row["finish_reason"] for row in rows} == {"stop"}
+    assert all(row["completion"] != row["reference"] for row in rows)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_the_draft_script_decodes_as_the_teacher_does(run_example, chats, tmp_path):
     teacher = save_model(tmp_path / "teacher", 1, 4)
     options = ("--teacher", teacher, "--dataset", chats, "--max_length", "128", "--max_new_tokens", "16")

@@ -45,6 +45,20 @@ def test_floats_without_a_dot_and_bare_no_are_read_as_intended(good):
     assert recipe.train.eval_strategy == "no"
 
 
+def test_a_dict_is_read_as_a_file_of_the_same_values_and_is_not_changed(good, tmp_path):
+    values = yaml.safe_load(GOOD)
+    overrides = ["train.max_steps=3", "data.task.path=other/data"]
+    assert load_recipe(values, overrides) == load_recipe(str(good), overrides)
+    assert values == yaml.safe_load(GOOD)
+    assert load_recipe({"extends": "quickstart", "control": None}).control is None
+    with pytest.raises(DistillError, match=r"teacher\.modle: unknown key"):
+        load_recipe({**values, "teacher": {"modle": "some/model"}})
+    with pytest.raises(DistillError, match=r"The recipe requires hf-distill >=99"):
+        load_recipe({**values, "requires": ">=99"})
+    with pytest.raises(DistillError, match=r"train\.output_dir"):
+        load_recipe({**values, "train": {"output_dir": tmp_path}})
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_packaged_recipes_are_valid(name):
     assert load_recipe(name).train.output_dir
