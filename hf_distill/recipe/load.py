@@ -19,9 +19,10 @@ from .plain_yaml import Location, impossible_values, replace_impossible, short
 from .problems import dotted_key, problem_lines, raise_problems, remove_unknown_keys, remove_wrong_values
 from .resolve import RecipeSource, find_recipe, list_recipes, on_the_hub, packaged_text
 from .safe_yaml import read_yaml
-from .schema import Recipe, Train
+from .schema import Recipe
 from .smoke import smoke_values
 from .stages import direct_values, planned_values, stage_values
+from .train import Train
 
 _FILE_ONLY_KEYS = ("extends", "requires", "origin")
 _MAX_ROUNDS = 4  # validations without the wrong values, to find the contradictions that they hide
