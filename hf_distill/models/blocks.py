@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 from ..core.loss_kinds import EMBEDDING
 from ..errors import DistillError
 from ..losses.output_types import EMBEDDING_OUTPUTS
-from .model_types import IMAGE_TEXT, model_type_of, transformers_model_in, unwrap_model
+from .model_types import model_type_of, transformers_model_in, unwrap_model
+from .type_catalog import IMAGE_TEXT
 
 SIDECAR = "distill_sidecar"  # name of the submodule that holds trained modules outside the student
 

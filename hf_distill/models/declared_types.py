@@ -14,14 +14,8 @@ from ..errors import DistillError, did_you_mean, raise_if_any
 from ..losses.output_types import OutputType
 from ..losses.registry import get_loss
 from .image_inputs import placeholder_ids
-from .model_types import (
-    DECLARED_TYPE,
-    TYPE_BY_NAME,
-    ModelType,
-    model_type_of,
-    transformers_model_in,
-    unwrap_model,
-)
+from .model_types import DECLARED_TYPE, model_type_of, transformers_model_in, unwrap_model
+from .type_catalog import TYPE_BY_NAME, ModelType
 
 
 def register_model_type(

@@ -1,12 +1,11 @@
-"""The types of models that can be distilled: language models, classifiers of text, images, audio and videos, regression
-models, question answering, multiple choice, CTC models of speech, semantic segmentation, and encoders without a head.
+"""Which type a model has, from its class, its config or its declaration, and the model inside its wrappers.
 
 The loss of a causal model decides whether its labels are shifted; models of other types predict the label at their
-position. The classes of a classifier are treated as a small vocabulary.
+position. `type_catalog` defines the types.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -16,162 +15,34 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
 from ..errors import DistillError
-from ..losses.output_types import (
-    BERNOULLI_OUTPUTS,
-    CLASS_OUTPUTS,
-    DISTRIBUTION_OUTPUTS,
-    EMBEDDING_OUTPUTS,
-    FRAME_OUTPUTS,
-    PIXEL_OUTPUTS,
-    REAL_VALUE_OUTPUTS,
-    ROW_CLASS_OUTPUTS,
-    SPAN_OUTPUTS,
-    Frames,
-    OutputType,
-    Pixels,
-)
+from ..losses.output_types import BERNOULLI_OUTPUTS, REAL_VALUE_OUTPUTS, Frames, Pixels
 from .frame_counts import count_frames
 from .image_inputs import placeholder_ids
 from .label_shift import loss_shifts_labels
-
-_FIXED_CLASSES = (DISTRIBUTION_OUTPUTS, CLASS_OUTPUTS, ROW_CLASS_OUTPUTS)
-
-
-@dataclass(frozen=True)
-class ModelType:
-    """A type of model.
-
-    name:          name for messages
-    auto_class:    auto class of transformers
-    pipeline:      pipeline tag of the Hub
-    shifts_labels: whether the model's loss shifts labels; for `CAUSAL`, the default if it cannot be measured
-    vocabulary:    whether V is the size of a tokenizer's vocabulary, and not a number of classes
-    output_type:   what the outputs are, which decides the losses, the targets and the metrics
-    has_classes:   for models without a vocabulary: whether `num_labels` of the config is V, and `id2label` has the
-                   names of the classes. False if V is known from the logits only, as for the choices of a row
-    is_declared:   whether the user named the type, with `model_type=`; the class of the model did not decide it
-    placeholders:  ids of the tokens at which the model reads images, videos or sound; they are no target tokens
-    """
-
-    name: str
-    auto_class: str | None
-    pipeline: str | None
-    shifts_labels: bool
-    vocabulary: bool
-    output_type: OutputType = DISTRIBUTION_OUTPUTS
-    has_classes: bool = True
-    is_declared: bool = False
-    placeholders: frozenset[int] = frozenset()
-
-    @property
-    def is_decoder(self) -> bool:
-        """Whether it is a language model that continues a row of tokens, which may stand for text or images."""
-        return self.name in (CAUSAL.name, IMAGE_TEXT.name)
-
-    @property
-    def with_article(self) -> str:
-        """The name with its article, for messages."""
-        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
-
-    @property
-    def has_declared_size(self) -> bool:
-        """Whether V is known without a forward: as the size of a vocabulary, or from `num_labels`."""
-        return self.vocabulary or self.has_classes or self.output_type.predicts_tokens
-
-    @property
-    def has_fixed_classes(self) -> bool:
-        """Whether the outputs are distributions over the same V ids or classes in each batch, as caches store them."""
-        return self.output_type in _FIXED_CLASSES and self.has_declared_size
-
-    def num_outputs(self, model: nn.Module) -> int | None:
-        """Return V, the number of ids or classes that a model without wrappers predicts; None: its outputs tell it."""
-        if self.is_declared or not self.has_declared_size or not isinstance(model, PreTrainedModel):
-            return None
-        if self.has_classes and not self.vocabulary:
-            return cast(int, model.config.num_labels)
-        head = model.get_output_embeddings()
-        # In peft's copy of a tied head `out_features` is that of the embedding; the original module has the right one.
-        head = getattr(head, "original_module", None) or head
-        return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
-
-    def vocabulary_size(self, model: nn.Module, reader: str) -> int:
-        """Return V for something that needs it before the model has run.
-
-        Args:
-            model: the model, without wrappers.
-            reader: what needs it, for the error message.
-
-        Raises:
-            DistillError: only the outputs of the model tell it.
-        """
-        if (size := self.num_outputs(model)) is None:
-            raise DistillError(
-                f"{reader} needs the number of ids of the student before it has run, and {type(model).__name__} does "
-                "not declare it: use a transformers model without `model_type`, or a frozen, EMA or peer teacher."
-            )
-        return size
-
-    def teaches(self, student: "ModelType") -> bool:
-        """Whether a model of this type can teach one of the student's type.
-
-        If the user named the type, classes with the same outputs can: `model_type="classification"` with an image
-        classifier as teacher. A language model can teach a vision-language model on rows without images.
-        """
-        if self.name == student.name or (self.is_decoder and student.is_decoder):
-            return True
-        has_same_outputs = self.output_type is student.output_type and self.vocabulary == student.vocabulary
-        return student.is_declared and (student.auto_class is None or has_same_outputs)
-
-
-CAUSAL = ModelType(
-    "causal language model", "AutoModelForCausalLM", "text-generation", shifts_labels=True, vocabulary=True
-)
-IMAGE_TEXT = ModelType(
-    "vision-language model", "AutoModelForImageTextToText", "image-text-to-text", shifts_labels=True, vocabulary=True
-)
-MASKED = ModelType("masked language model", "AutoModelForMaskedLM", "fill-mask", shifts_labels=False, vocabulary=True)
-SEQ2SEQ = ModelType(
-    "sequence-to-sequence language model",
-    "AutoModelForSeq2SeqLM",
-    "text2text-generation",
-    shifts_labels=False,
-    vocabulary=True,
-)
-SPEECH_SEQ2SEQ = ModelType(
-    "speech sequence-to-sequence model",
-    "AutoModelForSpeechSeq2Seq",
-    "automatic-speech-recognition",
-    shifts_labels=False,
-    vocabulary=True,
-)
-SEQUENCE = ModelType(
-    "sequence classifier",
-    "AutoModelForSequenceClassification",
-    "text-classification",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=ROW_CLASS_OUTPUTS,
-)
-IMAGE = replace(
+from .type_catalog import (
+    AUDIO,
+    CAUSAL,
+    CTC,
+    ENCODER,
+    GENERATIVE_TYPES,
+    IMAGE,
+    IMAGE_TEXT,
+    MASKED,
+    MULTI_LABEL,
+    MULTIPLE_CHOICE,
+    NEXT_SENTENCE,
+    QUESTION_ANSWERING,
+    REGRESSION,
+    SEMANTIC_SEGMENTATION,
+    SEQ2SEQ,
     SEQUENCE,
-    name="image classifier",
-    auto_class="AutoModelForImageClassification",
-    pipeline="image-classification",
+    SPEECH_SEQ2SEQ,
+    TOKEN,
+    TYPE_BY_NAME,
+    VIDEO,
+    ModelType,
 )
-AUDIO = replace(
-    SEQUENCE,
-    name="audio classifier",
-    auto_class="AutoModelForAudioClassification",
-    pipeline="audio-classification",
-)
-VIDEO = replace(
-    SEQUENCE,
-    name="video classifier",
-    auto_class="AutoModelForVideoClassification",
-    pipeline="video-classification",
-)
-MULTI_LABEL = replace(SEQUENCE, name="multi-label classifier", output_type=BERNOULLI_OUTPUTS)
-REGRESSION = replace(SEQUENCE, name="regression model", output_type=REAL_VALUE_OUTPUTS)
+
 # What a classifier of rows is for `problem_type`: (for several labels, for real numbers).
 _BY_PROBLEM = {SEQUENCE: (MULTI_LABEL, REGRESSION)} | {
     classifier: (
@@ -180,68 +51,6 @@ _BY_PROBLEM = {SEQUENCE: (MULTI_LABEL, REGRESSION)} | {
     )
     for classifier in (IMAGE, AUDIO, VIDEO)
 }
-TOKEN = ModelType(
-    "token classifier",
-    "AutoModelForTokenClassification",
-    "token-classification",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=CLASS_OUTPUTS,
-)
-QUESTION_ANSWERING = ModelType(
-    "question answering model",
-    "AutoModelForQuestionAnswering",
-    "question-answering",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=SPAN_OUTPUTS,
-    has_classes=False,
-)
-MULTIPLE_CHOICE = ModelType(
-    "multiple choice model",
-    "AutoModelForMultipleChoice",
-    "multiple-choice",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=ROW_CLASS_OUTPUTS,
-    has_classes=False,
-)
-NEXT_SENTENCE = ModelType(
-    "next sentence classifier",
-    "AutoModelForNextSentencePrediction",
-    "text-classification",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=ROW_CLASS_OUTPUTS,
-    has_classes=False,
-)
-CTC = ModelType(
-    "CTC model",
-    "AutoModelForCTC",
-    "automatic-speech-recognition",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=FRAME_OUTPUTS,
-    has_classes=False,
-)
-SEMANTIC_SEGMENTATION = ModelType(
-    "semantic segmentation model",
-    "AutoModelForSemanticSegmentation",
-    "image-segmentation",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=PIXEL_OUTPUTS,
-)
-
-ENCODER = ModelType(
-    "encoder",
-    "AutoModel",
-    "feature-extraction",
-    shifts_labels=False,
-    vocabulary=False,
-    output_type=EMBEDDING_OUTPUTS,
-    has_classes=False,
-)
 
 _BY_CLASS = {
     class_name: model_type
@@ -284,6 +93,7 @@ _BY_INPUT = {
     "input_values": AUDIO,
     "input_features": AUDIO,
 }
+DECLARED_TYPE = "_hf_distill_model_type"  # attribute of a model whose type the user named
 
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
@@ -404,9 +214,9 @@ def _unknown_type(model: nn.Module) -> str:
     """Return what is known of a model whose type is not, and how to name it."""
     name = type(model).__name__
     if isinstance(model, PreTrainedModel):
-        what = f"{name} is a transformers model of none of the types that its class tells"
+        reason = f"{name} is a class of transformers whose type is not supported"
     else:
-        what = f"{name} is no transformers model, so its class does not tell what its outputs are"
+        reason = f"{name} is not a class of transformers, so what its outputs are is not known"
     parts = {
         f"`{path}` is a {type(part).__name__}, a {known.name}"
         for path, part in model.named_children()
@@ -414,9 +224,9 @@ def _unknown_type(model: nn.Module) -> str:
     }
     parts_text = f" ({'; '.join(sorted(parts))})" if parts else ""
     return (
-        f"{name} cannot be distilled without `model_type`: {what}{parts_text}. Pass model_type= to the trainer, one of "
-        f"{', '.join(TYPE_BY_NAME)}, or register another with hf_distill.register_model_type. Other teachers derive "
-        "from hf_distill.Teacher."
+        f"{name} cannot be distilled without `model_type`: {reason}{parts_text}. Pass model_type= to the trainer, "
+        f"one of {', '.join(TYPE_BY_NAME)}, or register another with hf_distill.register_model_type. Other "
+        "teachers derive from hf_distill.Teacher."
     )
 
 
@@ -495,31 +305,3 @@ def how_to_match(teacher: ModelType, student: ModelType) -> str:
             "or regression), as both were trained."
         )
     return "use two models of the same type."
-
-
-GENERATIVE_TYPES = (
-    CAUSAL,
-    IMAGE_TEXT,
-    SEQ2SEQ,
-    SPEECH_SEQ2SEQ,
-)  # the config tells whether a model of them has an encoder
-TYPE_BY_NAME = {  # the names for `model_type=`
-    "classification": SEQUENCE,
-    "multi_label_classification": MULTI_LABEL,
-    "regression": REGRESSION,
-    "token_classification": TOKEN,
-    "image_classification": IMAGE,
-    "audio_classification": AUDIO,
-    "video_classification": VIDEO,
-    "question_answering": QUESTION_ANSWERING,
-    "multiple_choice": MULTIPLE_CHOICE,
-    "semantic_segmentation": SEMANTIC_SEGMENTATION,
-    "next_sentence_prediction": NEXT_SENTENCE,
-    "causal_lm": CAUSAL,
-    "vision_language": IMAGE_TEXT,
-    "masked_lm": MASKED,
-    "seq2seq_lm": SEQ2SEQ,
-    "speech_seq2seq": SPEECH_SEQ2SEQ,
-    "encoder": ENCODER,
-}
-DECLARED_TYPE = "_hf_distill_model_type"  # attribute of a model whose type the user named

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DistillError
-from .model_types import CAUSAL, unmeasured_type_of, unwrap_parallel
+from .model_types import unmeasured_type_of, unwrap_parallel
+from .type_catalog import CAUSAL
 from .width_axes import WidthStructure
 from .width_check import check_units
 from .width_probe import probe_structure

@@ -19,7 +19,8 @@ from ..hub import reading
 from ..models.declared_types import type_as_teacher
 from ..models.image_inputs import image_inputs
 from ..models.model_call import accepts_any_input, input_names
-from ..models.model_types import TOKEN, ModelType, how_to_match, model_type_of, unwrap_model, with_config
+from ..models.model_types import how_to_match, model_type_of, unwrap_model, with_config
+from ..models.type_catalog import TOKEN, ModelType
 from ..models.vocabulary import is_trimmed
 from .base import OtherTokens, Teacher
 

@@ -9,7 +9,8 @@ from ..core.targets import TEACHER_PREFIX
 from ..core.teacher_inputs import TEACHER_IDS, TEACHER_LABELS, TEACHER_MASK, teacher_keys
 from ..errors import DistillError, nearest
 from ..models.model_call import input_names
-from ..models.model_types import SEQ2SEQ, SPEECH_SEQ2SEQ, ModelType, unwrap_model
+from ..models.model_types import unwrap_model
+from ..models.type_catalog import SEQ2SEQ, SPEECH_SEQ2SEQ, ModelType
 from .base import Teacher
 from .group import teachers_by_name
 

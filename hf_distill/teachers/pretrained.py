@@ -14,9 +14,6 @@ from ..core.references import path_exists, reference_kind
 from ..errors import DistillError, require_package
 from ..hub import reading
 from ..models.model_types import (
-    ENCODER,
-    GENERATIVE_TYPES,
-    ModelType,
     decoder_type,
     encoder_decoder_type,
     how_to_match,
@@ -24,6 +21,7 @@ from ..models.model_types import (
     unwrap_model,
     with_config,
 )
+from ..models.type_catalog import ENCODER, GENERATIVE_TYPES, ModelType
 
 HUB_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "code_revision")
 _ADAPTER_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")

@@ -12,7 +12,7 @@ from ..losses.chunk_metrics import average_chunk_metrics
 from ..losses.embedding import EMBEDDING_SIMILARITY
 from ..losses.objective import Term
 from ..losses.token_metrics import greater_is_better
-from ..models.model_types import ModelType
+from ..models.type_catalog import ModelType
 from .config import DistillArguments
 from .distiller import StepOutput
 from .source_metrics import average_by_source, origin_label

@@ -20,7 +20,7 @@ from ..core.teacher_inputs import (
 from ..errors import DistillError
 from ..models.features import Features
 from ..models.image_inputs import without_placeholder_labels
-from ..models.model_types import ModelType
+from ..models.type_catalog import ModelType
 from ..teachers import Teacher
 from ..teachers.input_keys import check_teacher_inputs
 

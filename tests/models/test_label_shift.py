@@ -8,7 +8,8 @@ import transformers as tf
 from tiny import build
 
 from hf_distill import DistillError
-from hf_distill.models.model_types import CAUSAL, SEQ2SEQ, model_type_of
+from hf_distill.models.model_types import model_type_of
+from hf_distill.models.type_catalog import CAUSAL, SEQ2SEQ
 
 SMALL = dict(
     vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

@@ -14,7 +14,7 @@ from transformers import Trainer, set_seed
 
 from hf_distill import DistillError, RowOutputs, loss, register_model_type
 from hf_distill.losses import LOSSES
-from hf_distill.models import model_types
+from hf_distill.models import model_types, type_catalog
 from hf_distill.models.output_head import known_output_head
 from hf_distill.teachers import (
     AdapterBaseTeacher,
@@ -304,7 +304,7 @@ class Needs(nn.Linear):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": None}, "Net cannot be distilled without `model_type`: Net is no transformers.*token_classif"),
+        ({"model_type": None}, "Net cannot be distilled without `model_type`: Net is not a class of transformers.*token_classif"),
         ({"model_type": "clasification"}, "model_type is 'clasification'.*classification.*register_model_type"),
         ({"model": Needs(6, 4)}, "Needs.forward requires labels"),
         ({"teacher": net(seed=1, form="dict", width=8).fc}, "Linear.forward requires input, and the batch has"),
@@ -437,7 +437,7 @@ class TwoHeadNet(nn.Module):
 @pytest.fixture
 def custom_types():
     """The types "thresholds" and "two_heads" and their losses, until the end of the test."""
-    types, losses = dict(model_types.TYPE_BY_NAME), dict(LOSSES)
+    types, losses = dict(type_catalog.TYPE_BY_NAME), dict(LOSSES)
     loss("threshold_kl", outputs="thresholds")(threshold_kl)
     loss("threshold_cross_entropy", compares=(), outputs="thresholds")(threshold_cross_entropy)
     loss("two_heads_kl", outputs="two_heads")(two_heads_kl)
@@ -445,7 +445,7 @@ def custom_types():
     register_model_type("thresholds", Thresholds())
     register_model_type("two_heads", TwoHeads())
     yield
-    for registry, before in ((model_types.TYPE_BY_NAME, types), (LOSSES, losses)):
+    for registry, before in ((type_catalog.TYPE_BY_NAME, types), (LOSSES, losses)):
         registry.clear()
         registry.update(before)
 
@@ -627,7 +627,7 @@ def test_a_teacher_sees_another_view_of_a_modules_batch(make_trainer):
 def test_a_data_parallel_wrapper_around_a_compiled_module_has_its_type(modules):
     model = modules().model
     assert model_types.model_type_of(torch.compile(model)).name == "sequence classifier"
-    assert model_types.model_type_of(copy.deepcopy(model)).output_type is model_types.SEQUENCE.output_type
+    assert model_types.model_type_of(copy.deepcopy(model)).output_type is type_catalog.SEQUENCE.output_type
 
 
 def test_a_module_with_tied_weights_is_saved_and_resumes(make_trainer, tmp_path):

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_distill import DistillError
-from hf_distill.models.model_types import AUDIO, IMAGE, MULTIPLE_CHOICE, NEXT_SENTENCE, VIDEO, model_type_of
+from hf_distill.models.model_types import model_type_of
+from hf_distill.models.type_catalog import AUDIO, IMAGE, MULTIPLE_CHOICE, NEXT_SENTENCE, VIDEO
 
 BERT = dict(vocab_size=VOCAB, intermediate_size=32, max_position_embeddings=64, num_attention_heads=2)
 BERT |= dict(initializer_range=0.3)

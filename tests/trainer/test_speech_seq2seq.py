@@ -16,7 +16,8 @@ from hf_distill import (
     DistillTrainer,
     cut_student,
 )
-from hf_distill.models.model_types import SPEECH_SEQ2SEQ, model_type_of
+from hf_distill.models.model_types import model_type_of
+from hf_distill.models.type_catalog import SPEECH_SEQ2SEQ
 
 
 @pytest.fixture

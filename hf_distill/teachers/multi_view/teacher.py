@@ -11,7 +11,8 @@ from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens, Targets
 from ...errors import DistillError
 from ...losses.objective import Term
-from ...models.model_types import SEQUENCE, model_type_of, transformers_model_in
+from ...models.model_types import model_type_of, transformers_model_in
+from ...models.type_catalog import SEQUENCE
 from ..self_teacher import SelfTeacher
 from .augmentation import BatchView, replacement_token_id
 
