@@ -4,49 +4,49 @@ Public names are imported when they are first used, so `import hf_distill` does 
 imports under `TYPE_CHECKING`.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .lazy_imports import import_on_first_use
 from .version import __version__
 
 _HOME = {
     # trainers
-    "DistillConfig": "trainer",
-    "DistillTrainer": "trainer",
-    "DistillSeq2SeqConfig": "trainer",
-    "DistillSeq2SeqTrainer": "trainer",
+    "DistillConfig": ".trainer",
+    "DistillTrainer": ".trainer",
+    "DistillSeq2SeqConfig": ".trainer",
+    "DistillSeq2SeqTrainer": ".trainer",
     # errors
-    "DistillError": "errors",
-    "RunError": "errors",
-    "RunInterrupted": "errors",
+    "DistillError": ".errors",
+    "RunError": ".errors",
+    "RunInterrupted": ".errors",
     # teachers
-    "Teacher": "teachers",
-    "FrozenTeacher": "teachers",
+    "Teacher": ".teachers",
+    "FrozenTeacher": ".teachers",
     # losses
-    "LOSSES": "losses",
-    "loss": "losses",
-    "fused_distillation_loss": "head",
+    "LOSSES": ".losses",
+    "loss": ".losses",
+    "fused_distillation_loss": ".head",
     # types of models
-    "OutputType": "losses",
-    "RowOutputs": "losses",
-    "register_model_type": "model_types",
+    "OutputType": ".losses",
+    "RowOutputs": ".losses",
+    "register_model_type": ".model_types",
     # data
-    "DualProcessorCollator": "data",
+    "DualProcessorCollator": ".data",
     # students that are made from their teacher
-    "block_influence": "student",
-    "cut_student": "student",
-    "measure_importance": "student",
-    "prune_student": "student",
-    "PrunedShape": "student",
-    "trim_vocabulary": "student",
+    "block_influence": ".student",
+    "cut_student": ".student",
+    "measure_importance": ".student",
+    "prune_student": ".student",
+    "PrunedShape": ".student",
+    "trim_vocabulary": ".student",
     # students for serving
-    "QuantizationScheme": "student",
-    "prepare_quantized_student": "student",
-    "convert_quantized_student": "student",
+    "QuantizationScheme": ".student",
+    "prepare_quantized_student": ".student",
+    "convert_quantized_student": ".student",
     # recipes
-    "load_recipe": "recipe",
-    "run_recipe": "recipe",
-    "generate_data": "recipe",
+    "load_recipe": ".recipe",
+    "run_recipe": ".recipe",
+    "generate_data": ".recipe",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -81,11 +81,7 @@ if TYPE_CHECKING:
     from .trainer import DistillSeq2SeqTrainer as DistillSeq2SeqTrainer
     from .trainer import DistillTrainer as DistillTrainer
 else:
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    __getattr__ = import_on_first_use(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -1,24 +1,25 @@
 """Analysis of recipes and runs: the teacher's soft labels, the student's agreement and retention, failure modes."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..lazy_imports import import_on_first_use
+
 _HOME = {
-    "ModelPair": "analysis.model_pair",
-    "Run": "runner.run_results",
-    "compute": "analysis.curve",
-    "data_curve": "analysis.curve",
-    "diagnose": "analysis.diagnosis",
-    "find_shape": "analysis.shape_search",
-    "find_temperature": "analysis.temperature_search",
-    "inspect_teacher": "analysis.inspector",
-    "load_tasks": "analysis.lm_eval_tasks",
-    "measure_drafts": "analysis.draft",
-    "measure_drafts_of": "analysis.draft",
-    "open_run": "runner.run_results",
-    "plan": "planning.planner",
-    "retention": "analysis.evaluation",
-    "retention_of": "analysis.evaluation",
+    "ModelPair": ".model_pair",
+    "Run": "..runner.run_results",
+    "compute": ".curve",
+    "data_curve": ".curve",
+    "diagnose": ".diagnosis",
+    "find_shape": ".shape_search",
+    "find_temperature": ".temperature_search",
+    "inspect_teacher": ".inspector",
+    "load_tasks": ".lm_eval_tasks",
+    "measure_drafts": ".draft",
+    "measure_drafts_of": ".draft",
+    "open_run": "..runner.run_results",
+    "plan": "..planning.planner",
+    "retention": ".evaluation",
+    "retention_of": ".evaluation",
 }
 
 __all__ = list(_HOME)
@@ -40,8 +41,4 @@ if TYPE_CHECKING:
     from .shape_search import find_shape as find_shape
     from .temperature_search import find_temperature as find_temperature
 else:
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"hf_distill.{_HOME[name]}"), name)
+    __getattr__ = import_on_first_use(__name__, _HOME)

@@ -1,18 +1,19 @@
 """Estimate what a recipe needs before it runs: memory of each GPU, FLOP, hours and the size of a teacher cache."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..lazy_imports import import_on_first_use
+
 _HOME = {
-    "ModelStats": "model_stats",
-    "Workload": "workload",
-    "MemoryBreakdown": "memory",
-    "Plan": "planner",
-    "Strategy": "strategy",
-    "estimate_memory": "memory",
-    "model_config": "shapes",
-    "plan": "planner",
-    "rule_of_thumb": "flops",
+    "ModelStats": ".model_stats",
+    "Workload": ".workload",
+    "MemoryBreakdown": ".memory",
+    "Plan": ".planner",
+    "Strategy": ".strategy",
+    "estimate_memory": ".memory",
+    "model_config": ".shapes",
+    "plan": ".planner",
+    "rule_of_thumb": ".flops",
 }
 
 __all__ = list(_HOME)
@@ -28,8 +29,4 @@ if TYPE_CHECKING:
     from .strategy import Strategy as Strategy
     from .workload import Workload as Workload
 else:
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    __getattr__ = import_on_first_use(__name__, _HOME)

@@ -1,7 +1,8 @@
 """Recipes: YAML files that describe a distillation run. They are read and validated here without torch."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from ..lazy_imports import import_on_first_use
 
 _HOME = {
     "Recipe": ".schema",
@@ -22,8 +23,4 @@ if TYPE_CHECKING:
     from .resolve import list_recipes as list_recipes
     from .schema import Recipe as Recipe
 else:
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOME[name], __name__), name)
+    __getattr__ = import_on_first_use(__name__, _HOME)

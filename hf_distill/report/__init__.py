@@ -1,11 +1,12 @@
 """A report of a run as one HTML page, with samples of the text that its models generate."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..lazy_imports import import_on_first_use
+
 _HOME = {
-    "report": "html",
-    "write_samples": "samples",
+    "report": ".html",
+    "write_samples": ".samples",
 }
 
 __all__ = list(_HOME)
@@ -14,8 +15,4 @@ if TYPE_CHECKING:
     from .html import report as report
     from .samples import write_samples as write_samples
 else:
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    __getattr__ = import_on_first_use(__name__, _HOME)

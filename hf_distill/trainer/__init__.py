@@ -3,16 +3,17 @@
 Names are imported when they are first used, so that the package can be imported without torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..lazy_imports import import_on_first_use
+
 _HOME = {
-    "DistillArguments": "config",
-    "DistillConfig": "config",
-    "DistillMixin": "trainer",
-    "DistillTrainer": "trainer",
-    "DistillSeq2SeqConfig": "seq2seq",
-    "DistillSeq2SeqTrainer": "seq2seq",
+    "DistillArguments": ".config",
+    "DistillConfig": ".config",
+    "DistillMixin": ".trainer",
+    "DistillTrainer": ".trainer",
+    "DistillSeq2SeqConfig": ".seq2seq",
+    "DistillSeq2SeqTrainer": ".seq2seq",
 }
 
 __all__ = list(_HOME)
@@ -25,8 +26,4 @@ if TYPE_CHECKING:
     from .trainer import DistillMixin as DistillMixin
     from .trainer import DistillTrainer as DistillTrainer
 else:
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    __getattr__ = import_on_first_use(__name__, _HOME)

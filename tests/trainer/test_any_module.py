@@ -304,7 +304,10 @@ class Needs(nn.Linear):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": None}, "Net cannot be distilled without `model_type`: Net is not a class of transformers.*token_classif"),
+        (
+            {"model_type": None},
+            "Net cannot be distilled without `model_type`: Net is not a class of transformers.*token_classif",
+        ),
         ({"model_type": "clasification"}, "model_type is 'clasification'.*classification.*register_model_type"),
         ({"model": Needs(6, 4)}, "Needs.forward requires labels"),
         ({"teacher": net(seed=1, form="dict", width=8).fc}, "Linear.forward requires input, and the batch has"),
