@@ -3,15 +3,21 @@
 SmolLM2-135M-Instruct, a student of 20 of its 30 blocks, 2 rows of 256 tokens.
 
     python benchmarks/online_teachers.py [rounds]
+    python benchmarks/online_teachers.py products   only the products with the output heads in a mutual step
 """
 
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import chain
 
 STEPS, WARM, LENGTH = 8, 2, 256
+HEAD_PRODUCTS = {"aten::mm": "logits", "aten::addmm_": "gradients"}  # how the fused loss computes them in float32
+HEAD_OPERANDS = {"aten::mm": slice(0, 2), "aten::addmm_": slice(1, 3)}  # which arguments are the factors
 CASES = ("student", "peer", "forward", "ema", "online", "mutual", "multi_view", "mtp")
 
 
@@ -32,7 +38,7 @@ def teacher_of(case: str, full_model):
     makers = {
         "ema": lambda: EMATeacher(0.999),
         "online": lambda: PeerTeacher(full_model),
-        "mutual": lambda: PeerTeacher(full_model, mutual=True),
+        **dict.fromkeys(("mutual", "products"), lambda: PeerTeacher(full_model, mutual=True)),
         "multi_view": lambda: MultiViewTeacher({"token_dropout": 0.1}),
         "mtp": lambda: MTPTeacher(2),
     }
@@ -89,6 +95,8 @@ def measure(case: str) -> dict:
         trainer.add_callback(Clock())
         trainer.train()
         inputs = next(iter(trainer.get_train_dataloader()))
+        if case == "products":
+            return head_products(lambda: trainer.training_step(trainer.model, dict(inputs)), full_model.config)
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
             trainer.compute_loss(trainer.model.train(), inputs).backward()
     results = {"seconds": statistics.median(seconds[WARM:]), "flop": float(counter.get_total_flops())}
@@ -100,6 +108,34 @@ def measure(case: str) -> dict:
         )
         formula = 6.0 * passed * inputs["input_ids"].numel()
     return results | {"formula": formula, "update": statistics.median(update[WARM:]) if update else 0.0}
+
+
+def head_products(run_step: Callable[[], object], config) -> dict[str, float]:
+    """Measure the products with the output heads in a step: their FLOP, and their share of its time.
+
+    Args:
+        run_step: runs a forward and a backward.
+        config: of both models; its vocabulary is a dimension of the output heads alone.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            run_step()
+        seconds = time.perf_counter() - start
+    result = {"seconds": seconds / STEPS}
+    for operation, name in HEAD_PRODUCTS.items():
+        calls = [e for e in profiler.events() if e.name == operation and config.vocab_size in chain(*e.input_shapes)]
+        result[f"{name}_share"] = sum(event.cpu_time_total for event in calls) * 1e-6 / seconds
+        result[f"{name}_flop"] = sum(math.prod(factors_of(event)) * 2 for event in calls) / STEPS
+    return result
+
+
+def factors_of(event) -> list[int]:
+    """Return [m, k, n] of a recorded product [m, k] x [k, n]."""
+    first, second = [shape for shape in event.input_shapes if shape][HEAD_OPERANDS[event.name]]
+    return [*first, second[1]]
 
 
 def addmm_flop(_out, a, b, **_kwargs) -> int:
@@ -129,6 +165,10 @@ if __name__ == "__main__":
     else:
         from measure import interleaved, save
 
+        if sys.argv[1:] == ["products"]:
+            (products,) = interleaved(__file__, [{"case": "products"}], 1)
+            save("mutual_products", products)
+            sys.exit()
         rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
         results = interleaved(__file__, [{"case": case} for case in CASES], rounds)
         ratios = summary(results)

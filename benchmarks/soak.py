@@ -1,7 +1,8 @@
 """Soak test: runs of every kind are killed at 30 moments and resumed; memory over 500 steps; cost of the self-check.
 
 python soak.py              (`make soak`)
-python soak.py crashes      only the killed runs; the other results are kept
+python soak.py crashes [KIND ...]   only the killed runs, of all kinds or some; the other results are kept
+python soak.py memory               only the memory of all kinds; the other results are kept
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -120,43 +122,51 @@ def run_in_fresh_process(part: str, *arguments: str) -> dict[str, Any]:
     return results
 
 
-def kill_all_kinds(folder: Path) -> dict[str, Any]:
-    """Kill and resume runs of every kind, with `save_total_limit: 1`."""
+def write_cache(folder: Path) -> None:
+    """Write the teacher cache of the kind `cached`."""
     if run_in_process(make_workload("capture", folder), folder / "cache"):
         raise RuntimeError((folder / "cache" / "log").read_text()[-3000:])
-    kinds = {kind: kill_runs(folder, kind) for kind in KINDS}
+
+
+def kill_kinds(folder: Path, names: Sequence[str], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Kill and resume runs of some kinds, with `save_total_limit: 1`; add the results of earlier calls for others."""
+    kinds = earlier | {kind: kill_runs(folder, kind) for kind in names}
     total, lost = sum(one["crashes"] for one in kinds.values()), sum(len(one["lost"]) for one in kinds.values())
     return {"crashes": total, "lost": lost, "save_total_limit": 1, "kinds": kinds}
 
 
-def main() -> None:
-    """Measure everything and write results/soak.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        crashes = kill_all_kinds(Path(folder))
-        growth = {kind: run_in_fresh_process("memory", kind, folder) for kind in TRAINABLE_KINDS}
-    share = run_in_fresh_process("self_check")
-    results = {
-        "environment": environment("cpu"),
-        "crashes": crashes,
-        "memory": {
-            "steps": STEPS,
-            "most_mb_per_100_steps": max(m["mb_per_100_steps"] for m in growth.values()),
-            "kinds": growth,
-        },
-        "self_check": share,
-    }
-    write_json(RESULT, results)
+def memory_of_all_kinds(folder: Path) -> dict[str, Any]:
+    """Measure the growth of memory for each kind that trains, one after another in fresh processes."""
+    growth = {kind: run_in_fresh_process("memory", kind, str(folder)) for kind in TRAINABLE_KINDS}
+    most = max(kind["mb_per_100_steps"] for kind in growth.values())
+    return {"steps": STEPS, "most_mb_per_100_steps": most, "kinds": growth}
+
+
+def main(parts: Sequence[str] = ("crashes", "memory", "self_check"), kinds: Sequence[str] = ()) -> None:
+    """Measure some parts and write results/soak.json; results of other parts, and of other kinds, are kept."""
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_cache(folder)
+        if "crashes" in parts:
+            earlier = results["crashes"]["kinds"] if kinds else {}
+            results["crashes"] = kill_kinds(folder, kinds or [*KINDS], earlier)
+        if "memory" in parts:
+            results["memory"] = memory_of_all_kinds(folder)
+    if "self_check" in parts:
+        results["self_check"] = run_in_fresh_process("self_check")
+    write_json(RESULT, results | {"environment": environment("cpu")})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["memory"]:
-        print(json.dumps(memory(sys.argv[2], Path(sys.argv[3]))))
-    elif sys.argv[1:2] == ["self_check"]:
-        print(json.dumps(self_check(Path.cwd())))
-    elif sys.argv[1:2] == ["crashes"]:
-        with tempfile.TemporaryDirectory() as temporary:
-            results = json.loads(RESULT.read_text())
-            results |= {"environment": environment("cpu"), "crashes": kill_all_kinds(Path(temporary))}
-            write_json(RESULT, results)
-    else:
-        main()
+    match sys.argv[1:]:
+        case ["memory", kind, shared_folder]:
+            print(json.dumps(memory(kind, Path(shared_folder))))
+        case ["self_check"]:
+            print(json.dumps(self_check(Path.cwd())))
+        case ["crashes", *names]:
+            main(["crashes"], names)
+        case ["memory"]:
+            main(["memory"])
+        case _:
+            main()

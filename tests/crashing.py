@@ -10,8 +10,9 @@ import os
 import random
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -62,6 +63,10 @@ _GENERATION = [
     *("generate.max_prompts=24", "generate.prompts_per_part=3", "generate.samples=2", "generate.max_new_tokens=16"),
     "generate.filters=[{name: length, min_characters: 12}, exact_duplicates]",
 ]
+_REMOTE = [  # no smoke run, which would replace the server by a local model
+    *("student.model=smoke:llama/student", "train.per_device_train_batch_size=2", "train.use_cpu=true"),
+    *("teacher={kind: remote, api: vllm, concurrency: 1, top_k: 8}", "data.max_length=64", "data.eval.max_rows=4"),
+]
 KINDS = {  # name of a packaged recipe, and overrides
     "frozen": ("quickstart", [_FEATURES, "projectors={kind: linear}", "teacher.attn_implementation=eager"]),
     "cached": ("cached", ["control=null"]),
@@ -74,6 +79,7 @@ KINDS = {  # name of a packaged recipe, and overrides
     "pruned": ("prune-width", ["control=null"]),
     "trimmed": ("quickstart", ["student={from_teacher: {keep_layers: 2, vocab: {keep: used}}}", "control=null"]),
     "quantized": ("quantized-student", ["control=null"]),
+    "remote": ("remote", _REMOTE),
     "generate": ("sequence-level", _GENERATION),
     "generate and train": ("sequence-level", _GENERATION),
 }
@@ -104,13 +110,31 @@ def _run_workload(kind: str, shared_folder: Path, overrides: Sequence[str], call
         if not (shared_folder / "texts.jsonl").exists():  # later processes run at the same time and read it
             (shared_folder / "texts.jsonl").write_text("\n".join(texts))
         changes.append(f"data.task.path={shared_folder / 'texts.jsonl'}")
-    recipe = load_recipe(name, [*_SHORT, *changes, "train.output_dir=run", *overrides], smoke=True)
-    if kind == "capture":
-        write_recipe_cache(recipe, batch_size=2, shard_rows=4)
-    elif kind == "generate":
-        generate_data(recipe, "run", resume=True)
-    else:
-        run_recipe(recipe, resume=True, callbacks=callbacks)
+    with _teacher_server() if kind == "remote" else nullcontext() as url:
+        changes = [*changes, *([] if url is None else [f"teacher.url={url}"])]
+        changes = [*_SHORT, *changes, "train.output_dir=run", *overrides]
+        recipe = load_recipe(name, changes, smoke=kind != "remote")
+        if kind == "capture":
+            write_recipe_cache(recipe, batch_size=2, shard_rows=4)
+        elif kind == "generate":
+            generate_data(recipe, "run", resume=True)
+        else:
+            run_recipe(recipe, resume=True, callbacks=callbacks)
+
+
+@contextmanager
+def _teacher_server() -> Iterator[str]:
+    """Serve a tiny teacher in a thread of this process, which ends with it; return its URL."""
+    from servers.teacher_servers import VLLMServer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_distill.runner.model_loading import resolve_model
+
+    folder = str(resolve_model("smoke:llama/teacher"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with VLLMServer(model, tokenizer=tokenizer, context=512) as server:
+        server.requests = deque(maxlen=1)  # all requests would grow in memory
+        yield server.url
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..models.model_types import model_type_of
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-PACKAGED = ("mini_hellaswag", "mini_truthfulqa", "mini_gsm8k", "mini_documentation")
+PACKAGED = ("mini_hellaswag", "mini_truthfulqa", "mini_gsm8k", "mini_gsm8k_solutions", "mini_documentation")
 # Category of a task by the beginning of its name; metadata.category of the task has precedence.
 CATEGORIES = {
     "reasoning": ("hellaswag", "arc", "winogrande", "piqa", "boolq", "openbookqa", "bbh", "commonsense", "social_iqa"),

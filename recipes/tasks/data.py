@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -19,8 +20,22 @@ def truthfulqa(**_: Any) -> DatasetDict:
 
 
 def gsm8k(**_: Any) -> DatasetDict:
-    """Return 100 GSM8K word problems (2110.14168)."""
-    return _of(_lines("gsm8k"), lambda case: case["expected"])
+    """Return 100 GSM8K word problems (2110.14168) with their worked solutions, without the calculator's annotations."""
+    cases = [{**case, "solution": re.sub(r"<<.*?>>", "", case["upstream_answer"])} for case in _lines("gsm8k")]
+    return _of(cases, lambda case: case["expected"])
+
+
+def solution_bytes(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """Return what the perplexity per byte of a worked solution after its question is made of.
+
+    Args:
+        doc: the example.
+        results: one pair (log-likelihood of the solution in nats, whether greedy decoding returns it).
+
+    Returns:
+        byte_perplexity -> (log-likelihood, number of bytes of the solution).
+    """
+    return {"byte_perplexity": (results[0][0], len(doc["solution"].encode()))}
 
 
 def documentation(**_: Any) -> DatasetDict:

@@ -202,7 +202,33 @@ def test_packaged_tasks_need_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tasks = {task.name: task for task in load_tasks()}
     assert {task.category for task in tasks.values()} == {"reasoning", "factual", "maths", "language"}
-    assert [len(tasks[name].task.dataset["test"]) for name in lm_eval_tasks.PACKAGED[:3]] == [100, 100, 100]
+    assert [len(tasks[name].task.dataset["test"]) for name in lm_eval_tasks.PACKAGED[:4]] == [100] * 4
+
+
+def test_the_perplexity_of_worked_solutions_is_that_of_their_bytes_after_the_question(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "student")
+    (task,) = load_tasks(["mini_gsm8k_solutions"])
+    values = per_example_scores(model, tokenizer, [task], 3, 2)["mini_gsm8k_solutions"]
+    expected = []
+    for row in list(task.task.dataset["test"])[:3]:
+        assert "<<" not in row["solution"]
+        assert row["solution"].endswith(f"#### {row['gold']}")
+        text = f"Question: {row['prompt']}\nAnswer:"
+        num_solution_tokens = len(tokenizer(f"{text} {row['solution']}")["input_ids"]) - len(
+            tokenizer(text)["input_ids"]
+        )
+        longest = model.config.max_position_embeddings + 1  # the harness removes the beginning of a longer text
+        ids = torch.tensor([tokenizer(f"{text} {row['solution']}")["input_ids"][-longest:]])
+        with torch.no_grad():
+            log_p = model(ids[:, :-1]).logits[0].log_softmax(-1).gather(1, ids[0, 1:, None])
+        expected.append((log_p[-num_solution_tokens:].sum().item(), len(row["solution"].encode())))
+    assert [tuple(value) for value in values] == [(pytest.approx(ll, rel=1e-4), size) for ll, size in expected]
+    perplexity = np.exp(-sum(ll for ll, _ in expected) / sum(size for _, size in expected))
+    assert task.aggregate(values) == pytest.approx(perplexity)
+    assert not task.higher_is_better
 
 
 def test_a_missing_package_of_a_task_gives_the_command_that_installs_it(monkeypatch):
