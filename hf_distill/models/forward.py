@@ -126,9 +126,7 @@ def forward_with_loss(
         if summands:
             outputs["loss"] = torch.stack(summands).sum()
         if model_type_of(model).output_type is EMBEDDING_OUTPUTS:
-            # DDP waits for the gradient of whatever else has a graph, such as a pooler that the loss does not read.
-            for name in [name for name, value in outputs.items() if name != "loss" and isinstance(value, Tensor)]:
-                outputs[name] = outputs[name].detach()
+            _detach_all_but_loss(outputs)
         return outputs
 
     hook = unwrap_parallel(model).register_forward_hook(
@@ -142,14 +140,25 @@ def forward_with_loss(
     if loss is None:
         loss = chunked_loss.from_logits(DenseLogits(targets.gather_logits(outputs["logits"])))
     loss = loss.reshape(())
-    if exact_losses and loss.dtype != exact_losses[-1].dtype:
-        loss = exact_losses[-1] + (loss - loss.detach()).to(exact_losses[-1].dtype)
+    if exact_losses:
+        loss = _with_value(loss, exact_losses[-1])
     if outputs.get("loss") is not None:
         loss = loss + outputs["loss"]
         outputs["loss"] = loss.detach()
     if (aux_loss := aux_losses[-1]) is not None:
         chunked_loss.per_token["aux"] = aux_loss.detach().float().to(loss.device).expand(len(targets))
     return loss, without_made_logits(outputs, model)
+
+
+def _detach_all_but_loss(outputs: ModelOutput) -> None:
+    """Detach the outputs that the loss does not read: DDP waits for the gradient of whatever has a graph."""
+    for name in [name for name, value in outputs.items() if name != "loss" and isinstance(value, Tensor)]:
+        outputs[name] = outputs[name].detach()
+
+
+def _with_value(loss: Tensor, value: Tensor) -> Tensor:
+    """Return a loss that a wrapper cast to another dtype with its value before the cast, and with its own graph."""
+    return loss if loss.dtype == value.dtype else value + (loss - loss.detach()).to(value.dtype)
 
 
 def _run_rows(model: nn.Module, targets: Targets, head: OutputHead, rows: dict, is_replaced: bool) -> ModelOutput:

@@ -120,9 +120,7 @@ def plan(
     usable = int(memory_bytes * (1 - FRAGMENTATION_SHARE)) - CUDA_CONTEXT_BYTES
     rows = estimate_strategies(workload, recipe_strategy, gpus, usable)
     ratio = teacher_token_ratio(recipe)
-    teacher = model_of(_teacher_name(recipe), teacher_config, workload.teacher, round(workload.length * ratio))
-    counted = None if teacher.counted is None else teacher.counted * ratio
-    teacher = replace(teacher, forward=teacher.forward * ratio, counted=counted)  # for each token of the student
+    teacher = _teacher_model(recipe, teacher_config, workload, ratio)
     name = recipe.student.model or f"{recipe.primary_teacher.loaded_model}, cut to {workload.student.depth} blocks"
     student = model_of(name, student_config, workload.student, workload.length, workload)
     pretraining = six_nd(workload.student.parameters, pretraining_tokens)
@@ -161,6 +159,20 @@ def plan(
         decoding=(Decoding.of(workload.teacher), Decoding.of(workload.student)),
         generation=plan_generation(recipe, workload.teacher, rates, usable, speed),
     )
+
+
+def _teacher_model(recipe: Recipe, config: PretrainedConfig, workload: Workload, ratio: float) -> Model:
+    """Return the teacher, whose FLOP are for each token of the student.
+
+    Args:
+        recipe: the recipe.
+        config: config of the teacher.
+        workload: the models and the batch.
+        ratio: tokens of the teacher for each token of the student.
+    """
+    teacher = model_of(_teacher_name(recipe), config, workload.teacher, round(workload.length * ratio))
+    counted = None if teacher.counted is None else teacher.counted * ratio
+    return replace(teacher, forward=teacher.forward * ratio, counted=counted)
 
 
 def _token_counts(recipe: Recipe, ratio: float) -> list[str]:

@@ -72,13 +72,7 @@ def write_recipe_cache(
     if spec.kind == "remote" and spec.api != "hidden":
         _check_served_kind(spec, options.get("kind", CACHE_KIND))
         spec = spec.model_copy(update={"top_k": options.get("k", TOP_K_IDS)})
-    to = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
-    if to is None or reference_kind(to) == "address":
-        raise DistillError(
-            "A cache is written to a local folder, and none is given. Pass one with -o; `hf-distill cache push` "
-            "uploads it "
-            "to the Hub."
-        )
+    cache_folder = _local_folder(recipe, folder)
     if recipe.is_cross_tokenizer and options.get("kind") == "sampled":
         raise DistillError(
             "distill.cross_tokenizer is set, and its losses do not support a sampled cache: use --kind hidden or top_k."
@@ -106,7 +100,7 @@ def write_recipe_cache(
     on_stage("Preparing the rows to write")
     with HangWatchdog(args.ddp_timeout).running():
         manifest = write_cache(
-            to,
+            cache_folder,
             teacher,
             data.train,
             data.held_out,
@@ -122,7 +116,22 @@ def write_recipe_cache(
             on_progress=on_progress,
             **options,
         )
-    return Path(to), manifest
+    return Path(cache_folder), manifest
+
+
+def _local_folder(recipe: Recipe, folder: str | None) -> str:
+    """Return the folder to write to: the given one, or that of the recipe's cached teacher.
+
+    Raises:
+        DistillError: neither is given, or the recipe's is an address on the Hub.
+    """
+    local_folder = folder or (recipe.teacher.path if recipe.teacher and recipe.teacher.kind == "cached" else None)
+    if local_folder is None or reference_kind(local_folder) == "address":
+        raise DistillError(
+            "A cache is written to a local folder, and none is given. Pass one with -o; `hf-distill cache push` "
+            "uploads it to the Hub."
+        )
+    return local_folder
 
 
 def _check_served_kind(spec: TeacherSpec, kind: str) -> None:
