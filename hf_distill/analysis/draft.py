@@ -25,7 +25,7 @@ DRAFTS = ("before", "student", "control")
 
 @dataclass(frozen=True)
 class DraftScore:
-    """How good a draft model is.
+    """Measurements of a draft model.
 
     parameters:        number of its parameters
     acceptance_rate:   mean over held-out tokens of sum_v min(p_v, q_v) at T = 1: the probability that the teacher

@@ -46,7 +46,7 @@ class TeacherName(TypedDict):
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """What the manifest records of a teacher on a server, of which this process has no model.
+    """The record in a manifest of a teacher on a server, of which this process has no model.
 
     vocab_size: V
     facts:      what the server answered

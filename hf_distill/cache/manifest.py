@@ -21,7 +21,7 @@ Kind = Literal["hidden", "sampled", "top_k"]
 
 
 class ImportRecord(TypedDict):
-    """Where imported log-probabilities come from.
+    """The source of imported log-probabilities.
 
     formats:              vllm, distillkit
     files:                the imported files

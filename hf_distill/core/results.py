@@ -46,7 +46,7 @@ class Provenance(TypedDict, total=False):
 
 
 class ServerFacts(TypedDict, total=False):
-    """What a remote teacher answered: id of the served model, hosts without credentials, API and its options.
+    """The answers of a remote teacher: id of the served model, hosts without credentials, API and its options.
 
     `revision`, `quantization`, `dtype` of the hidden states and the fingerprint `weights` are those of `hf-distill
     serve`.

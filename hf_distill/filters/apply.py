@@ -22,7 +22,7 @@ class SetAside:
 
 @dataclass
 class StepCount:
-    """How many rows a filter or a selection was given, removed, and set aside because it raised an exception.
+    """Counts of the rows that a filter or a selection was given, removed, and set aside because it raised an exception.
 
     Attributes:
         label: name of the filter.

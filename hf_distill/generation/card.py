@@ -49,7 +49,7 @@ _ADDED_COLUMNS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a data card states.
+    """The content of a data card.
 
     title:     heading
     model:     id or path of the model, without local folders

@@ -16,7 +16,7 @@ from .token_signals import HIDDEN, IDS, LOG_PROBS, SignalIndex
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many target tokens of a cache have the distribution that was predicted during the generation.
+    """Counts of the target tokens of a cache that have the distribution which was predicted during the generation.
 
     rows:            rows of which all target tokens have it
     other_rows:      rows of which at least one target token needs another forward of the teacher

@@ -31,7 +31,7 @@ _Flat: TypeAlias = tuple[np.ndarray, np.ndarray]  # values of all rows, and the 
 
 @dataclass(frozen=True)
 class Capture:
-    """What a backend records of the distribution after each token.
+    """The values that a backend records of the distribution after each token.
 
     values:      top_k: log-probabilities of the k most probable ids; hidden: hidden states before the output head
     k:           number of ids

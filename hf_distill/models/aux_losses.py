@@ -54,7 +54,7 @@ _RELATIVE_TOLERANCE = 1e-3  # between two runs of one forward: a loss that depen
 
 @dataclass(frozen=True)
 class AuxPlan:
-    """How the auxiliary losses of a model are computed.
+    """The way in which the auxiliary losses of a model are computed.
 
     needs_labels: whether the model adds auxiliary losses if it gets labels
     needs_logits: whether it then has to materialize the logits of all positions

@@ -13,7 +13,8 @@ _ATTRIBUTE = "hf_distill_origin"
 
 @dataclass(frozen=True)
 class PrunedOrigin:
-    """What a student was pruned from. It is an attribute of the model in memory, which is not saved.
+    """The units of the teacher that a pruned student consists of. It is an attribute of the model in memory, and is
+    not saved.
 
     depths:   stack -> number of the teacher's blocks; the stack is "encoder" or "decoder" of a model that has both,
               else None

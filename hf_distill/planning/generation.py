@@ -22,7 +22,7 @@ _PARQUET_SHARE = 0.5  # compressed / uncompressed
 
 @dataclass(frozen=True)
 class GenerationRates:
-    """What a recipe does not say about its generation.
+    """Rates and lengths of a generation that are not in a recipe.
 
     prompts:           number of prompts; None: `max_prompts`, or the number of rows of files and packaged texts
     prompt_tokens:     mean tokens of a prompt

@@ -99,7 +99,7 @@ def plan(
         mfu: share of the peak that training reaches (model FLOP utilization, recomputation counted).
         peak_tflops: peak of a GPU, in TFLOP/s; 989 is an H100 in bf16, dense.
         pretraining_tokens: number of tokens of a pretraining of the student to compare with.
-        rates: what the recipe does not say about its generation; None: the defaults.
+        rates: rates and lengths of a generation that are not in the recipe; None: the defaults.
 
     Returns:
         the plan: memory of each strategy, cost, sizes of teacher caches, and advice.

@@ -45,7 +45,7 @@ class Published:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What `publish` would upload.
+    """The files that `publish` would upload, and problems of their licenses.
 
     card:     content of README.md
     sizes:    file -> bytes

@@ -19,7 +19,7 @@ from .plain_yaml import short
 
 
 class LossSchema(TypedDict):
-    """What a loss compares ("logits", "hidden", ...; None without a teacher), and the schemas of its options."""
+    """The input of a loss ("logits", "hidden", ...; None without a teacher), and the schemas of its options."""
 
     compares: str | None
     options: dict[str, JSONObject]

@@ -19,7 +19,7 @@ _KINDS = ("frozen", "online", "mutual", "ema", "snapshot")
 
 @dataclass(frozen=True)
 class TaskKeys:
-    """What a recipe of a task other than text-generation may set.
+    """The columns and keys of a recipe of a task other than text-generation.
 
     name:         name of the task, as in `transformers.pipeline`
     columns:      columns that the data must have; `data.columns` gives them other names

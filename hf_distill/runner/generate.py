@@ -50,7 +50,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """What a generation has written.
+    """The result of a generation.
 
     folder:      the folder
     completions: number of generated completions

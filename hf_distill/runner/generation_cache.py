@@ -46,7 +46,7 @@ _MANY_OTHER_TOKENS = 0.1  # share of target tokens that need another forward, ab
 
 @dataclass(frozen=True)
 class CacheSource:
-    """Where the distributions of a teacher cache come from.
+    """The source of the distributions of a teacher cache.
 
     spec:       the teacher, as the manifest of the cache records it
     tokenizer:  the student's tokenizer, which the training uses

@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Setup:
-    """What generates.
+    """The prompts of a generation, and the backend that completes them.
 
     sources: prompts that fit into the context
     opened:  index of a prompt -> whether its rendered text ends with the first tag of reasoning

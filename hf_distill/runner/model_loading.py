@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class LoadPolicy:
-    """What may be loaded in addition to safetensors weights. A recipe cannot change it.
+    """The permissions to load more than safetensors weights. A recipe cannot change them.
 
     Attributes:
         remote_code: Whether Python code of a model may run (`trust_remote_code`).

@@ -59,7 +59,7 @@ class NonFiniteToken:
 
 @dataclass(frozen=True)
 class NonFiniteReport:
-    """What was not finite in a step.
+    """The losses and gradients of a step that are not finite.
 
     step:                 number of the optimizer step, counted from 1
     is_loss_finite:       whether the loss is finite on all ranks

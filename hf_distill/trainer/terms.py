@@ -13,7 +13,7 @@ from .config import DistillArguments
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized: the sum of the terms of the student, and of those of the trained teacher.
+    """The objective: the sum of the terms of the student, and of those of the trained teacher.
 
     student: terms of the student; with several teachers there is a term `soft_NAME` for each
     teacher: terms of the teacher's `trainable_module`; empty if no teacher is trained

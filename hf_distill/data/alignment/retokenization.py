@@ -47,7 +47,7 @@ class Retokenized:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the teacher reads the student's N_s tokens.
+    """The student's N_s tokens as the teacher reads them.
 
     rows:         [N_s] rows of the student's table
     is_text:      [N_s] whether a token is text
@@ -89,7 +89,7 @@ class _Pieces:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the teacher's tokens consist of, in order: its BOS, special tokens and pieces of text.
+    """The parts of the teacher's tokens, in order: its BOS, special tokens and pieces of text.
 
     tokens:   [n] index of the student's token at which each part stands
     counts:   [n] number of tokens of the teacher

@@ -84,7 +84,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class ImportSummary:
-    """What an import did.
+    """The result of an import.
 
     folder:   the cache; None if rows have no record, and their token ids were written instead
     manifest: the manifest of the cache, or None

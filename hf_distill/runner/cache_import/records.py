@@ -45,7 +45,7 @@ class TokenRecord:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where log-probabilities come from, for the manifest.
+    """The source of log-probabilities, for the manifest.
 
     format:  vllm or distillkit
     files:   entry of each file

@@ -39,7 +39,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What one server answers about itself; None where it does not answer.
+    """The answers of a server about itself; None where it does not answer.
 
     url:            its URL, without credentials
     model:          the id under which it serves the model

@@ -43,7 +43,7 @@ class WireError(ValueError):
 
 
 class TeacherInfo(BaseModel):
-    """What a server answers about its teacher.
+    """The answer of a server about its teacher.
 
     model:              public name: the id, or the last component of the path
     revision:           commit of the id, if it is known
