@@ -30,6 +30,7 @@ parser.add_argument("--batch_size", type=int, default=8)
 parser.add_argument("--max_length", type=int, default=1024)
 parser.add_argument("--learning_rate", type=float, default=2e-5)
 parser.add_argument("--held_out_share", type=float, default=0.01)
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
 arguments = parser.parse_args()
 
 has_gpu = torch.cuda.is_available()
@@ -56,7 +57,7 @@ trainer = DistillTrainer(
         learning_rate=arguments.learning_rate,
         bf16=has_gpu,
         logging_steps=10,
-        report_to="none",
+        stop_on_signal=True,  # Ctrl-C and SIGTERM save a checkpoint for --resume
     ),
     data_collator=Collator(tokenizer.pad_token_id),
     train_dataset=train_rows,
@@ -64,7 +65,7 @@ trainer = DistillTrainer(
     processing_class=tokenizer,
 )
 before = trainer.evaluate()
-trainer.train()
+trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)
 after = trainer.evaluate()
 for name in ("eval_bits_per_byte", "eval_teacher_bits_per_byte", "eval_chunk_kl"):  # comparable across tokenizers
     if name in after:

@@ -28,6 +28,7 @@ parser.add_argument("--max_steps", type=int, default=5000)
 parser.add_argument("--batch_size", type=int, default=64)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
 parser.add_argument("--held_out_share", type=float, default=0.1)
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
 arguments = parser.parse_args()
 
 is_folder = Path(arguments.dataset).is_dir()
@@ -59,7 +60,7 @@ trainer = DistillTrainer(
         learning_rate=arguments.learning_rate,
         bf16=torch.cuda.is_available(),
         logging_steps=10,
-        report_to="none",
+        stop_on_signal=True,  # Ctrl-C and SIGTERM save a checkpoint for --resume
     ),
     data_collator=DualProcessorCollator(processor, teacher_processor),  # each model reads its own image size
     train_dataset=parts["train"],
@@ -67,7 +68,7 @@ trainer = DistillTrainer(
     processing_class=processor,
 )
 before = trainer.evaluate()
-trainer.train()
+trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)
 after = trainer.evaluate()
 for name in ("eval_kl", "eval_agreement", "eval_accuracy"):
     print(f"{name}: {before[name]:.4f} before training, {after[name]:.4f} after")

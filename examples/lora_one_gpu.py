@@ -28,6 +28,7 @@ parser.add_argument("--batch_size", type=int, default=8)
 parser.add_argument("--max_length", type=int, default=1024)
 parser.add_argument("--learning_rate", type=float, default=2e-4)
 parser.add_argument("--held_out_share", type=float, default=0.01)
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
 arguments = parser.parse_args()
 
 has_gpu = torch.cuda.is_available()
@@ -49,7 +50,7 @@ trainer = DistillSFTTrainer(
         bf16=has_gpu,
         teacher_init_kwargs={"dtype": "bfloat16" if has_gpu else "float32"},
         logging_steps=10,
-        report_to="none",
+        stop_on_signal=True,  # Ctrl-C and SIGTERM save a checkpoint for --resume
     ),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     train_dataset=train_rows,
@@ -57,7 +58,7 @@ trainer = DistillSFTTrainer(
     processing_class=tokenizer,
 )
 before = trainer.evaluate()
-trainer.train()
+trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)
 after = trainer.evaluate()
 for name in ("eval_kl", "eval_agreement", "eval_perplexity"):
     print(f"{name}: {before[name]:.4f} before training, {after[name]:.4f} after")

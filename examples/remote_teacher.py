@@ -12,9 +12,8 @@ Run with a tiny model behind a server of vLLM's protocol on a CPU by the test su
 `hf-distill serve MODEL` is a server too, with --teacher_api hidden: the student gets the teacher's exact distributions,
 and the evaluation reports `eval_kl`. vLLM and SGLang return those of the --top_k most probable ids.
 
-The tokenizer of the teacher must be that of the student, which is checked. The API key of the servers is read from the
-environment variable HF_DISTILL_TEACHER_API_KEY. If no server answers, training ends with a checkpoint; the same command
-with --resume continues from it.
+The tokenizer of the teacher must be that of the student. The API key of the servers is read from the environment
+variable HF_DISTILL_TEACHER_API_KEY. If no server answers, training ends with a checkpoint for --resume.
 """
 
 import argparse
@@ -39,13 +38,12 @@ parser.add_argument("--batch_size", type=int, default=8)
 parser.add_argument("--max_length", type=int, default=1024)
 parser.add_argument("--learning_rate", type=float, default=2e-5)
 parser.add_argument("--held_out_share", type=float, default=0.01)
-parser.add_argument("--resume", action="store_true")
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
 arguments = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(arguments.student)
 student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32)
 train_rows, eval_rows = split_held_out(load_examples(arguments.dataset), arguments.held_out_share, seed=0)
-
 trainer = DistillSFTTrainer(
     model=student,
     teacher=RemoteTeacher(
@@ -65,14 +63,15 @@ trainer = DistillSFTTrainer(
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=10,
-        report_to="none",
+        save_total_limit=2,
+        stop_on_signal=True,  # Ctrl-C and SIGTERM save a checkpoint for --resume
     ),
     train_dataset=train_rows,
     eval_dataset=eval_rows,
     processing_class=tokenizer,
 )
 before = trainer.evaluate()
-trainer.train(resume_from_checkpoint=arguments.resume or None)
+trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)
 after = trainer.evaluate()
 if trainer.is_world_process_zero():
     for name in [name for name in ("eval_loss", "eval_kl", "eval_perplexity") if name in after]:

@@ -6,16 +6,15 @@ Run with tiny models on a CPU by the test suite; not run with the default models
 
     python examples/reranker.py --dataset triples.jsonl --output_dir runs/reranker
 
-Each row of the data set has the texts `query`, `positive` and `negative`, in a local file or on the Hub. The student
-learns the teacher's difference of scores between the positive and the negative document. Both models need one
-tokenizer; for a teacher with another one use `DualProcessorCollator` (docs/model-types.md).
+Each row of the data set has the texts `query`, `positive` and `negative`. The student learns the teacher's difference
+of scores of both documents. For a teacher with another tokenizer use `DualProcessorCollator` (docs/model-types.md).
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_distill import DistillConfig, DistillTrainer
@@ -32,28 +31,27 @@ parser.add_argument("--batch_size", type=int, default=64, help="rows; even, beca
 parser.add_argument("--max_length", type=int, default=256)
 parser.add_argument("--learning_rate", type=float, default=3e-5)
 parser.add_argument("--held_out_share", type=float, default=0.01)
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
 arguments = parser.parse_args()
 
-if Path(arguments.dataset).is_file():
-    triples = load_dataset("json", data_files=arguments.dataset, split="train")
-else:
-    triples = load_dataset(arguments.dataset, arguments.dataset_config, split="train")
+is_file = Path(arguments.dataset).is_file()
+source = {"path": "json", "data_files": arguments.dataset} if is_file else {"path": arguments.dataset}
+triples = load_dataset(**source, name=arguments.dataset_config, split="train")
+if not {"query", "positive", "negative"} <= {*triples.column_names}:
+    raise SystemExit(f"The columns are {triples.column_names}; the script reads query, positive and negative.")
 parts = triples.select(range(min(arguments.max_rows, len(triples)))).train_test_split(arguments.held_out_share, seed=0)
 tokenizer = AutoTokenizer.from_pretrained(arguments.student)
 
 
-def to_pairs(triples: Dataset) -> Dataset:
+def tokenize(batch: dict) -> dict:
     """Make two rows of each triple, the positive document (label 1) followed by the negative one (label 0)."""
-
-    def tokenize(batch: dict) -> dict:
-        queries = [query for query in batch["query"] for _ in range(2)]
-        documents = [text for pair in zip(batch["positive"], batch["negative"], strict=True) for text in pair]
-        rows = tokenizer(queries, documents, truncation=True, max_length=arguments.max_length)
-        return {**rows, "labels": [1.0, 0.0] * len(batch["query"])}
-
-    return triples.map(tokenize, batched=True, remove_columns=triples.column_names)
+    queries = [query for query in batch["query"] for _ in range(2)]
+    documents = [text for pair in zip(batch["positive"], batch["negative"], strict=True) for text in pair]
+    rows = tokenizer(queries, documents, truncation=True, max_length=arguments.max_length)
+    return {**rows, "labels": [1.0, 0.0] * len(batch["query"])}
 
 
+rows = parts.map(tokenize, batched=True, remove_columns=triples.column_names)
 trainer = DistillTrainer(
     model=AutoModelForSequenceClassification.from_pretrained(arguments.student, num_labels=1),
     teacher=AutoModelForSequenceClassification.from_pretrained(arguments.teacher, num_labels=1),
@@ -64,21 +62,19 @@ trainer = DistillTrainer(
         train_sampling_strategy="sequential",  # keeps the two rows of a pair in one batch; the triples are shuffled
         max_steps=arguments.max_steps,
         per_device_train_batch_size=arguments.batch_size,
-        per_device_eval_batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         bf16=torch.cuda.is_available(),
         logging_steps=10,
-        report_to="none",
+        stop_on_signal=True,  # Ctrl-C and SIGTERM save a checkpoint for --resume
     ),
     data_collator=DataCollatorWithPadding(tokenizer),
-    train_dataset=to_pairs(parts["train"]),
-    eval_dataset=to_pairs(parts["test"]),
+    train_dataset=rows["train"],
+    eval_dataset=rows["test"],
     processing_class=tokenizer,
 )
 before = trainer.evaluate()
-trainer.train()
+trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)
 after = trainer.evaluate()
-for name in ("eval_loss", "eval_teacher_mse"):
-    print(f"{name}: {before[name]:.4f} before training, {after[name]:.4f} after")
+print(f"eval_loss: {before['eval_loss']:.4f} before training, {after['eval_loss']:.4f} after")
 trainer.save_model()
 trainer.save_metrics("eval", after)

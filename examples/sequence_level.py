@@ -6,8 +6,8 @@ Run with tiny models on a CPU by the test suite; not run with the default models
 
     python examples/sequence_level.py --dataset prompts.jsonl --output_dir runs/sequence-level
 
-Each row of the data set has `messages`, whose last answer is replaced, or a `prompt`. The student learns the answers
-and the teacher's distribution. If the command is repeated, answers in OUTPUT_DIR/answers are not generated again.
+Each row has `messages`, whose last answer is replaced, or a `prompt`. The student learns the answers and the teacher's
+distribution. A repeated command generates only the answers that are missing in OUTPUT_DIR/answers.
 """
 
 import argparse
@@ -31,6 +31,7 @@ parser.add_argument("--batch_size", type=int, default=8)
 parser.add_argument("--max_length", type=int, default=1024, help="tokens of prompt and answer")
 parser.add_argument("--learning_rate", type=float, default=2e-5)
 parser.add_argument("--held_out_share", type=float, default=0.01)
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
 arguments = parser.parse_args()
 
 dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -41,7 +42,7 @@ recipe = load_recipe(
         "data": {"task": {"path": arguments.dataset}, "eval": {"holdout": arguments.held_out_share}},
         "train": {"output_dir": arguments.output_dir},
         "generate": {
-            **{"chat": True, "temperature": 0.7},  # chat: a prompt that is a text becomes a user's turn
+            **{"chat": True, "temperature": 0.7},  # chat: a text is sent as a user's turn
             "max_prompts": arguments.max_prompts,
             "max_new_tokens": arguments.max_new_tokens,
             "filters": ["repetition", "exact_duplicates", "unfinished"],
@@ -49,7 +50,6 @@ recipe = load_recipe(
     }
 )
 answers = generate_data(recipe, f"{arguments.output_dir}/answers", resume=True, on_stage=print)
-
 train_rows, eval_rows = split_held_out(load_examples(str(answers.folder)), arguments.held_out_share, seed=0)
 trainer = DistillSFTTrainer(
     model=AutoModelForCausalLM.from_pretrained(arguments.student, dtype=torch.float32),
@@ -65,14 +65,14 @@ trainer = DistillSFTTrainer(
         bf16=torch.cuda.is_available(),
         teacher_init_kwargs={"dtype": dtype},
         logging_steps=10,
-        report_to="none",
+        stop_on_signal=True,  # Ctrl-C and SIGTERM save a checkpoint for --resume
     ),
     train_dataset=train_rows,
     eval_dataset=eval_rows,
     processing_class=AutoTokenizer.from_pretrained(arguments.student),
 )
 before = trainer.evaluate()
-trainer.train()
+trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)
 after = trainer.evaluate()
 for name in ("eval_kl", "eval_perplexity"):
     print(f"{name}: {before[name]:.4f} before training, {after[name]:.4f} after")

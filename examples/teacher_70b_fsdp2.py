@@ -30,6 +30,7 @@ parser.add_argument("--batch_size", type=int, default=2, help="rows of each GPU"
 parser.add_argument("--max_length", type=int, default=2048)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
 parser.add_argument("--held_out_share", type=float, default=0.01)
+parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
 arguments = parser.parse_args()
 
 has_gpu = torch.cuda.is_available()
@@ -53,7 +54,7 @@ trainer = DistillSFTTrainer(
         bf16=has_gpu,
         use_cpu=not has_gpu,
         logging_steps=10,
-        report_to="none",
+        stop_on_signal=True,  # Ctrl-C and SIGTERM save a checkpoint for --resume
     ),
     peft_config=LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM"),
     train_dataset=train_rows,
@@ -61,7 +62,7 @@ trainer = DistillSFTTrainer(
     processing_class=tokenizer,
 )
 before = trainer.evaluate()
-trainer.train()
+trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)
 after = trainer.evaluate()
 if trainer.is_world_process_zero():
     for name in ("eval_kl", "eval_agreement", "eval_perplexity"):

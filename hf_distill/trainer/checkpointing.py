@@ -41,7 +41,7 @@ class Checkpointer:
         self._save_total_limit: int | None = None  # the user's save_total_limit, while a checkpoint is written
 
     def resolve(
-        self, checkpoint: str | bool | None, args: TrainingArguments, accelerator: Accelerator
+        self, checkpoint: str | Path | bool | None, args: TrainingArguments, accelerator: Accelerator
     ) -> str | bool | None:
         """Return the checkpoint to resume from, after it was verified; call it before a training.
 
@@ -66,7 +66,7 @@ class Checkpointer:
             return True if newest is None else str(newest)  # the Trainer reports an empty folder
         if checkpoint:
             self.verify(Path(checkpoint), args, accelerator)
-        return checkpoint
+        return str(checkpoint) if isinstance(checkpoint, Path) else checkpoint
 
     def newest(self, args: TrainingArguments, accelerator: Accelerator) -> Path | None:
         """Return the newest complete checkpoint of the output folder, with all files verified.

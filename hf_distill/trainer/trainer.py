@@ -467,7 +467,9 @@ class DistillMixin(_Base):
 
     # Training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *args: object, **kwargs: object
+    ) -> TrainOutput:
         """Train as `Trainer.train` does; with `stop_on_signal`, SIGTERM or SIGINT ends training with a checkpoint.
 
         Args:
@@ -621,7 +623,14 @@ class DistillMixin(_Base):
     # Checkpoints and the Hub
 
     def newest_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint of the output folder; see `Checkpointer.newest`."""
+        """Return the newest complete checkpoint of the output folder, with all files verified; None if there is none.
+
+        All processes must call it. `train(resume_from_checkpoint=trainer.newest_checkpoint())` resumes, or starts at
+        step 0 if there is no checkpoint yet.
+
+        Raises:
+            DistillError: a checkpoint was changed after it was written, or one is damaged and none is complete.
+        """
         return self.checkpointer.newest(self.args, self.accelerator)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

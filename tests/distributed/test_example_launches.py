@@ -1,6 +1,7 @@
 """The examples for several processes: a sharded teacher on two ranks, and the options of the SLURM script."""
 
 import json
+import os
 import re
 import subprocess
 from functools import partial
@@ -71,3 +72,33 @@ def test_the_slurm_script_passes_only_options_that_its_script_has():
     known = set(re.findall(r'add_argument\("(--\w+)"', (EXAMPLES / "remote_teacher.py").read_text()))
     assert names
     assert names <= known
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "requeued"),
+    [
+        ("mkdir -p $out/checkpoint-1000; exit 143", 0, True),
+        ("exit 1", 1, False),
+        ("mkdir $out/checkpoint-12", 0, False),
+    ],
+    ids=["stopped after a checkpoint", "failed", "complete"],
+)
+def test_the_slurm_script_requeues_a_job_that_stopped_with_a_new_checkpoint(tmp_path, training, code, requeued):
+    (tmp_path / "runs" / "multi-node-7" / "checkpoint-900").mkdir(parents=True)  # of the job before it was requeued
+    commands = {
+        "srun": f'echo "$@" > srun.txt; out=runs/multi-node-7; {training}',
+        "scontrol": 'echo "$@" >> scontrol.txt; echo first-node',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    variables |= {"TEACHER_URLS": "http://a:1 http://b:2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(["bash", str(EXAMPLES / "multi_node.slurm")], env=os.environ | variables, cwd=tmp_path)
+    assert ended.returncode == code
+    started = (tmp_path / "srun.txt").read_text()
+    assert "--rdzv_endpoint first-node:29500" in started
+    assert "--teacher_url http://a:1 http://b:2 " in started
+    assert "--output_dir runs/multi-node-7 " in started
+    assert "--resume" in started.split()
+    assert ("requeue 7" in (tmp_path / "scontrol.txt").read_text().splitlines()) == requeued

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from hf_distill.recipe.smoke import byte_tokenizer
+from hf_distill.trl import DistillSFTTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMON = ("--max_steps", "12", "--batch_size", "4", "--learning_rate", "1e-2", "--held_out_share", "0.2")
@@ -103,6 +105,45 @@ def test_the_remote_script_trains_from_a_server_of_hidden_states(run_example, ch
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_a_script_that_sigterm_stopped_resumes_to_the_same_number_of_steps(run_example, chats, tmp_path, monkeypatch):
+    student = save_model(tmp_path / "student", 0, 2)
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "teacher", 1, 3, width=48))
+    step = DistillSFTTrainer.training_step
+
+    def stopped(trainer, *inputs):
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *inputs)
+
+    with VLLMServer(model, tokenizer=byte_tokenizer(), context=256) as server:
+        options = ("--student", student, "--teacher_url", server.url, "--dataset", chats, "--top_k", "8")
+        options = (*options, "--max_length", "128", "--resume")  # without a checkpoint it starts at step 0
+        with monkeypatch.context() as patch:
+            patch.setattr(DistillSFTTrainer, "training_step", stopped)
+            with pytest.raises(SystemExit) as ended:
+                run_example("remote_teacher.py", *options)
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-5"]
+        steps = []
+        monkeypatch.setattr(
+            DistillSFTTrainer,
+            "training_step",
+            lambda trainer, *inputs: (steps.append(trainer.state.global_step), step(trainer, *inputs))[1],
+        )
+        variables = run_example("remote_teacher.py", *options)
+    assert steps == [*range(5, 12)]
+    assert variables["trainer"].state.global_step == 12
+    improved(variables, "eval_loss")
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda script: script.name)
+def test_every_script_trains_with_resume_and_has_at_most_80_lines(script):
+    text = script.read_text()
+    assert "trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() if arguments.resume else None)" in text
+    assert "stop_on_signal=True" in text
+    assert len(text.splitlines()) <= 80
+
+
 def test_the_cross_tokenizer_script_compares_two_tokenizers(run_example, chats, tmp_path):
     student = save_model(tmp_path / "student", 0, 2)
     teacher = save_model(tmp_path / "teacher", 1, 3, merges=[("v", "e"), ("r", "y"), ("ve", "ry")])
@@ -128,15 +169,29 @@ def test_the_sequence_level_script_trains_on_the_answers_of_the_teacher(run_exam
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_draft_script_decodes_as_the_teacher_does(run_example, chats, tmp_path):
+def draft_options(chats: str, teacher: str) -> tuple[str, ...]:
+    return ("--teacher", teacher, "--dataset", chats, "--max_length", "128", "--max_new_tokens", "20", "--prompts", "2")
+
+
+def test_the_draft_script_measures_a_higher_acceptance_rate_after_training(run_example, chats, tmp_path):
     teacher = save_model(tmp_path / "teacher", 1, 4)
-    options = ("--teacher", teacher, "--dataset", chats, "--max_length", "128", "--max_new_tokens", "16")
-    variables = run_example("draft_model.py", *options)
+    variables = run_example("draft_model.py", *draft_options(chats, teacher), "--max_steps", "40")
     improved(variables, "eval_kl")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
-    alone = variables["teacher"].generate(**variables["inputs"], do_sample=False, max_new_tokens=16)
-    assert variables["output"].equal(alone)
-    assert 0 < variables["teacher_forwards"] <= variables["new_tokens"] + 1
+    measured = variables["measured"]
+    before, after = measured.drafts["before training"], measured.drafts["after training"]
+    assert after.acceptance_rate > before.acceptance_rate
+    assert after.equal_outputs == 1
+    assert measured.prompts == 2
+
+
+def test_the_draft_script_measures_that_all_tokens_of_a_copy_of_the_teacher_are_accepted(run_example, chats, tmp_path):
+    teacher = save_model(tmp_path / "teacher", 1, 2)  # the student has both of its layers
+    variables = run_example("draft_model.py", *draft_options(chats, teacher), "--learning_rate", "0")
+    score = variables["measured"].drafts["after training"]
+    assert score.acceptance_rate == pytest.approx(1, abs=1e-5)
+    assert score.accepted_tokens == variables["measured"].drafted_tokens
+    assert score.equal_outputs == 1
 
 
 def test_the_image_script_reads_two_image_sizes(run_example, tmp_path):
@@ -170,7 +225,9 @@ def test_the_reranker_script_learns_differences_of_scores(run_example, tmp_path)
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
-def test_the_table_lists_every_example():
+def test_the_table_lists_every_example_and_no_other_file():
     files = {name for name in os.listdir(EXAMPLES) if Path(name).suffix in (".py", ".slurm", ".ipynb")}
-    table = (EXAMPLES / "README.md").read_text()
-    assert files == {name for name in files if f"[{name}]({name})" in table}
+    rows = [row.split("|") for row in (EXAMPLES / "README.md").read_text().splitlines() if row.startswith("| [")]
+    assert sorted(cells[1].strip() for cells in rows) == sorted(f"[{name}]({name})" for name in files)
+    for _, link, _, command, *_ in rows:
+        assert f"examples/{link.strip()[1:].partition(']')[0]}" in command
