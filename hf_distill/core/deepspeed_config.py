@@ -84,7 +84,7 @@ def check_teacher_config(config: JSONObject) -> None:
         for name in ("optimizer", "scheduler")
         if name in config
     ]
-    stage = _section(config, "zero_optimization").get("stage", 0)
+    stage = zero_options(config).get("stage", 0)
     if stage != 3:
         problems.append(
             f"zero_optimization.stage is {stage}; a teacher has no gradients and no optimizer states to shard: use "
@@ -101,7 +101,7 @@ def fill_teacher_config(config: JSONObject, hidden_size: int, dtype: str) -> JSO
         hidden_size: H_t.
         dtype: dtype that the teacher is loaded in: "bfloat16", "float16" or another.
     """
-    zero = {**_section(config, "zero_optimization")}
+    zero = {**zero_options(config)}
     for key, value in (
         ("stage3_prefetch_bucket_size", int(0.9 * hidden_size**2)),
         ("stage3_param_persistence_threshold", 10 * hidden_size),
@@ -119,6 +119,11 @@ def fill_teacher_config(config: JSONObject, hidden_size: int, dtype: str) -> JSO
     if "train_batch_size" not in filled:
         filled.setdefault("train_micro_batch_size_per_gpu", 1)
     return filled
+
+
+def zero_options(config: object) -> JSONObject:
+    """Return the section `zero_optimization` of the content of a DeepSpeed config; an empty one if it has none."""
+    return _section(config, "zero_optimization") if isinstance(config, dict) else {}
 
 
 def _section(config: JSONObject, name: str) -> JSONObject:

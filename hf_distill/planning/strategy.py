@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..core.deepspeed_config import zero_options
 from ..core.json_types import JSONObject
 from ..errors import DistillError
 from ..recipe.schema import Recipe
@@ -104,7 +105,7 @@ class Strategy:
         if spec.device_map and not spec.quantization:
             teacher = "device_map"
         teacher = teacher_absence(recipe) or teacher
-        teacher_zero, zero = _zero_options(spec.deepspeed), _zero_options(train.deepspeed)
+        teacher_zero, zero = zero_options(spec.deepspeed), zero_options(train.deepspeed)
         stage = zero.get("stage", 0)
         student = f"zero{stage}" if stage else "fsdp2" if train.fsdp else "ddp"
         strategy = cls(
@@ -156,10 +157,6 @@ def teacher_absence(recipe: Recipe) -> str:
     if recipe.kinds == {"remote"}:
         return "remote"
     return "self" if recipe.primary_teacher.loaded_model is None else ""
-
-
-def _zero_options(config: object) -> JSONObject:
-    return config.get("zero_optimization", {}) if isinstance(config, dict) else {}
 
 
 def _has_offload(zero: JSONObject, part: str) -> bool:

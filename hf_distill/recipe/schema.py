@@ -17,6 +17,7 @@ from .losses import Distill, LossSpec
 from .models import NamedTeacher, Student, TeacherSpec
 from .problems import Problems
 from .quantize import quantize_problems
+from .sharding import sharding_problems
 from .stages import Stage, stage_problems
 from .tasks import TEXT_GENERATION, task_problems
 from .train import Train
@@ -178,6 +179,7 @@ class Recipe(StrictModel):
                 vocabulary_problems,
                 task_problems,
                 quantize_problems,
+                sharding_problems,
             )
             for line in problems_of(self)
         ]

@@ -348,9 +348,6 @@ def check_launch(recipe: Recipe) -> None:
         DistillError: They cannot. The message lists all problems.
     """
     problems, train, student = launch_problems(recipe), recipe.train, recipe.student
-    stage = (train.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
-    if train.deepspeed and train.fsdp:
-        problems.append("train.deepspeed and train.fsdp exclude each other: remove one of them")
     if train.deepspeed and env_world_size() == 0:
         problems.append("train.deepspeed needs a launcher: run torchrun --nproc_per_node 2 -m hf_distill run ...")
     if train.fsdp and env_world_size() < 2:
@@ -367,16 +364,6 @@ def check_launch(recipe: Recipe) -> None:
             for description, key in keys.items()
             if key
         ]
-    if student.quantization and (stage == 3 or train.fsdp):
-        problems.append(
-            "a quantized student cannot be sharded: use DDP, or train.deepspeed with zero1-student.json or "
-            "zero2-student.json"
-        )
-    if stage == 3 and train.deepspeed["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save") is False:
-        problems.append(
-            "train.deepspeed: stage3_gather_16bit_weights_on_model_save is false, so the student would be saved as "
-            "shards that from_pretrained cannot load: set it to true"
-        )
     raise_if_any(problems)
 
 

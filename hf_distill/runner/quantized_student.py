@@ -70,16 +70,11 @@ def export_quantized(
 
 def launch_problems(recipe: Recipe) -> list[str]:
     """List why the quantized student of a recipe cannot be trained on this machine or in this launch."""
-    scheme, train = scheme_of(recipe), recipe.train
+    scheme = scheme_of(recipe)
     if scheme is None:
         return []
     problems = list[str]()
     with collect_errors(problems):
         require_package("torchao", "torchao", "student.quantize")
         check_machine(scheme)
-    if (train.deepspeed or {}).get("zero_optimization", {}).get("stage", 0) == 3:
-        problems.append(
-            "student.quantize: ZeRO-3 shards the weights that each layer rounds as a whole: use DDP, or "
-            "train.deepspeed with zero1-student.json or zero2-student.json"
-        )
     return problems

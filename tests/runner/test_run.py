@@ -271,21 +271,9 @@ def test_a_student_pruned_from_a_quantized_teacher_has_unquantized_weights(folde
     [
         (["train.deepspeed=zero2-student.json"], "train.deepspeed needs a launcher: run torchrun"),
         (["train.fsdp=true"], "train.fsdp shards the student over two or more processes; this run has no launcher"),
-        (["train.fsdp=true", "train.deepspeed=zero2-student.json"], "exclude each other"),
         (["train.fsdp=true"], "not possible for a student that is pruned from its teacher"),
         (["teacher.deepspeed=zero3-teacher.json"], "deepspeed shards the teacher over the processes"),
         (["teacher.fsdp=true"], "fsdp shards the teacher over the processes"),
-        (
-            [
-                "student={model: 'smoke:llama/student', quantization: nf4, lora: {}}",
-                "train.deepspeed=zero3-student.json",
-            ],
-            "a quantized student cannot be sharded: use DDP",
-        ),
-        (
-            ["train.deepspeed={zero_optimization: {stage: 3, stage3_gather_16bit_weights_on_model_save: false}}"],
-            "would be saved as shards that from_pretrained cannot load: set it to true",
-        ),
     ],
 )
 def test_a_sharding_strategy_that_cannot_run_is_refused_before_anything_is_loaded(folder, overrides, message):
