@@ -164,10 +164,10 @@ def _write_missing(writer: "_ShardWriter", on_progress: Callable[[CacheProgress]
         shard = next((i for i in group if i % world == rank() and not is_complete[i]), None)
         writer.write(shard, steps=max(end - begin for begin, end in (plan.shards[i] for i in group)))
         written += sum(shard_tokens[i] for i in group if not is_complete[i])
-        pace = written / (time.perf_counter() - start_time)
-        left = total - before - written
-        size = writer.bytes / max(writer.tokens, 1)
-        on_progress(CacheProgress(before + written, total, size, pace, left / pace))
+        tokens_per_second = written / (time.perf_counter() - start_time)
+        seconds_left = (total - before - written) / tokens_per_second
+        bytes_per_token = writer.bytes / max(writer.tokens, 1)
+        on_progress(CacheProgress(before + written, total, bytes_per_token, tokens_per_second, seconds_left))
     barrier()
     if writer.manifest.kind == "hidden" and not is_written(folder, HEAD):
         writer.run_teacher(0)  # all shards are complete, but the head is missing

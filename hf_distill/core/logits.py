@@ -277,15 +277,15 @@ TokenLogits = TypeVar("TokenLogits", bound=DenseLogits | LazyLogits | SparseLogP
 
 def take_rows(logits: TokenLogits, rows: slice | Tensor) -> TokenLogits:
     """Return the logits of some of the tokens."""
-    taken: DenseLogits | LazyLogits | SparseLogProbs
+    selected: DenseLogits | LazyLogits | SparseLogProbs
     match logits:
         case LazyLogits():
-            taken = replace(logits, hidden=logits.hidden[rows])
+            selected = replace(logits, hidden=logits.hidden[rows])
         case SparseLogProbs():
-            taken = logits.slice(rows)
+            selected = logits.slice(rows)
         case _:
-            taken = DenseLogits(logits.values[rows])
-    return cast(TokenLogits, taken)
+            selected = DenseLogits(logits.values[rows])
+    return cast(TokenLogits, selected)
 
 
 def cumulative_sum(values: Tensor) -> Tensor:

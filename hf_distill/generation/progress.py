@@ -62,10 +62,11 @@ class ProgressMeter:
 
     def _send(self) -> None:
         self._last = self._clock()
-        pace = self._tokens / max(self._last - self._start, 1e-9)
-        new, left = self._done - self._before, None
-        if new and pace:
-            mean = self._written_tokens / new  # tokens of a completion
-            running = self._tokens - self._written_tokens
-            left = max((self._total - self._done) * mean - running, 0) / pace
-        self._report(GenerationProgress(self._done, self._total, pace, left))
+        tokens_per_second = self._tokens / max(self._last - self._start, 1e-9)
+        num_written, seconds_left = self._done - self._before, None
+        if num_written and tokens_per_second:
+            mean_tokens = self._written_tokens / num_written
+            unwritten_tokens = self._tokens - self._written_tokens
+            remaining_tokens = (self._total - self._done) * mean_tokens - unwritten_tokens
+            seconds_left = max(remaining_tokens, 0) / tokens_per_second
+        self._report(GenerationProgress(self._done, self._total, tokens_per_second, seconds_left))

@@ -87,14 +87,14 @@ def projected_kl(student: Signals, teacher: Signals, targets: Targets, *, temper
     logits = dense_logits(student)[chunks.first_tokens]
     first_logits = teacher_first_logits(chunks, temperature, logits)
     vocab_size = vocab_size_of_teacher(chunks)
-    of_student, of_teacher = class_maps(chunks.token_classes, logits.shape[1], vocab_size, logits.device)
-    of_classes: Signals | Tensor
+    student_class_map, teacher_class_map = class_maps(chunks.token_classes, logits.shape[1], vocab_size, logits.device)
+    teacher_class_logits: Signals | Tensor
     if isinstance(first_logits, SparseLogProbs):
         check_is_at_temperature_1(temperature)
-        of_classes = Signals(sparse_class_log_probs(first_logits, of_teacher))
+        teacher_class_logits = Signals(sparse_class_log_probs(first_logits, teacher_class_map))
     else:
-        of_classes = class_logits(first_logits, of_teacher).logits
-    values = forward_kl(class_logits(logits, of_student).logits, of_classes, temperature=temperature)
+        teacher_class_logits = class_logits(first_logits, teacher_class_map).logits
+    values = forward_kl(class_logits(logits, student_class_map).logits, teacher_class_logits, temperature=temperature)
     return at_first_tokens(values, chunks)
 
 
@@ -129,15 +129,15 @@ def uld(student: Signals, teacher: Signals, targets: Targets, *, temperature: fl
     if isinstance(first_logits, SparseLogProbs):
         teacher_probs, tail = sorted_sparse_probs(first_logits, sorted_probs)
         count = min(teacher_probs.shape[1], probs.shape[1])
-        of_tail = (sorted_probs[:, count:].sum(1) - tail).abs()
+        tail_difference = (sorted_probs[:, count:].sum(1) - tail).abs()
         sorted_probs = sorted_probs[:, :count]
     else:
         teacher_probs = torch.softmax(first_logits / temperature, -1).sort(-1, descending=True).values
-        of_tail = torch.zeros_like(probs[:, 0])
+        tail_difference = torch.zeros_like(probs[:, 0])
     missing = teacher_probs.shape[1] - sorted_probs.shape[1]
     sorted_probs = torch.nn.functional.pad(sorted_probs, (0, max(missing, 0)))
     teacher_probs = torch.nn.functional.pad(teacher_probs, (0, max(-missing, 0)))
-    return at_first_tokens((sorted_probs - teacher_probs).abs().sum(1) + of_tail, chunks)
+    return at_first_tokens((sorted_probs - teacher_probs).abs().sum(1) + tail_difference, chunks)
 
 
 def aligned_logits(name: str, teacher: Signals | None) -> AlignedLogits:

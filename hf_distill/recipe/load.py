@@ -171,17 +171,17 @@ def _validate_fields(values: JSONObject, reported_locations: set[Location]) -> t
         reported_locations: Locations whose problem is already reported.
     """
     lines: list[str] = []
-    values, left = deepcopy(values), True
+    values, has_removed_keys = deepcopy(values), True
     recipe = None
-    while left:
-        left = False
+    while has_removed_keys:
+        has_removed_keys = False
         try:
             recipe = Recipe.model_validate(values)
         except ValidationError as error:
             items = error.errors()
             new = problem_lines([item for item in items if item["loc"] not in reported_locations])
             lines += [line for line in new if line not in lines]
-            left = remove_unknown_keys(values, items)
+            has_removed_keys = remove_unknown_keys(values, items)
     return recipe, lines + (_hidden_contradictions(values, lines) if recipe is None else [])
 
 

@@ -190,7 +190,7 @@ def _compose_layers(layers_by_stage: Sequence[list[int] | None]) -> list[int] | 
     """Return the first teacher's layers that are in the last student; None if a stage started from another model."""
     if None in layers_by_stage:
         return None
-    left = [*(layers_by_stage[0] or ())]
+    kept_layers = [*(layers_by_stage[0] or ())]
     for layers in layers_by_stage[1:]:
-        left = [left[i] for i in layers or ()]
-    return left
+        kept_layers = [kept_layers[i] for i in layers or ()]
+    return kept_layers

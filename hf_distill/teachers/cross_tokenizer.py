@@ -114,8 +114,8 @@ class CrossTokenizerTeacher(Teacher):
         Raises:
             DistillError: it is not known.
         """
-        of_teacher = getattr(self.teacher, "processing_class", None)
-        tokenizer = tokenizer_in(self.processing_class) or tokenizer_in(of_teacher)
+        given_tokenizer = getattr(self.teacher, "processing_class", None)
+        tokenizer = tokenizer_in(self.processing_class) or tokenizer_in(given_tokenizer)
         if tokenizer is None and isinstance(self.teacher, FrozenTeacher):
             tokenizer = self.teacher.load_tokenizer()
         if tokenizer is None:
@@ -217,16 +217,16 @@ class CrossTokenizerTeacher(Teacher):
         batch, numbers, device = self._teacher_batch(inputs), targets.numbers, targets.labels.device
         if self._number("student chunks") not in numbers:  # only some rows of the batch: their numbers are not known
             numbers = {name: value.flatten().tolist() for name, value in self._chunk_numbers(inputs).items()}
-        of_student = np.asarray(numbers[self._number("student chunks")], dtype=np.int64)
-        of_teacher = np.asarray(numbers[self._number("teacher chunks")], dtype=np.int64)
-        of_student = of_student[of_student >= 0]
-        chunk_ids = np.intersect1d(of_student, of_teacher)
+        student_chunk_ids = np.asarray(numbers[self._number("student chunks")], dtype=np.int64)
+        teacher_chunk_ids = np.asarray(numbers[self._number("teacher chunks")], dtype=np.int64)
+        student_chunk_ids = student_chunk_ids[student_chunk_ids >= 0]
+        chunk_ids = np.intersect1d(student_chunk_ids, teacher_chunk_ids)
         chunk_ids = chunk_ids[chunk_ids > 0]
-        chunks, teacher_chunks = _index(of_student, chunk_ids), _index(of_teacher, chunk_ids)
+        chunks, teacher_chunks = _index(student_chunk_ids, chunk_ids), _index(teacher_chunk_ids, chunk_ids)
         positions = np.flatnonzero(teacher_chunks >= 0)
         teacher_chunks = teacher_chunks[positions]
         shape = batch["input_ids"].shape
-        of_rows = np.bincount(positions // shape[1], minlength=shape[0]).tolist()
+        row_counts = np.bincount(positions // shape[1], minlength=shape[0]).tolist()
         arrays = (teacher_chunks, _first(teacher_chunks), chunks, _first(chunks), positions)
         *tensors, position_tensor = (upload(torch.from_numpy(array), device) for array in arrays)
         prefix = self._number("")
@@ -235,10 +235,10 @@ class CrossTokenizerTeacher(Teacher):
             position_tensor,
             position_tensor // shape[1],
             shape,
-            row_counts=of_rows,
+            row_counts=row_counts,
             numbers={name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)},
         )
-        self._num_tokens += len(of_student)
+        self._num_tokens += len(student_chunk_ids)
         self._num_tokens_in_chunks += int((chunks >= 0).sum())
         self._num_chunks += len(chunk_ids)
         return batch, teacher_targets, (*tensors, chunks)  # type: ignore[return-value]
@@ -257,28 +257,28 @@ class CrossTokenizerTeacher(Teacher):
 
     def incompatible_terms(self, terms: Sequence[Term], name: str | None) -> list[str]:
         """Return which terms compare tokens of one tokenizer, and why the others do not work with the teacher."""
-        of_teacher = [term for term in terms if term.loss.compares and term.teacher == name]
+        teacher_terms = [term for term in terms if term.loss.compares and term.teacher == name]
         problems = [
             f"{term.name} compares features of tokens ({term.loss.name}), and the tokens of the teacher are others: "
             "remove it from `losses`"
-            for term in of_teacher
+            for term in teacher_terms
             if term.loss.feature
         ]
         problems += [
             f"{term.name} is {term.loss.name}, which compares distributions over the ids of one tokenizer, and the "
             "teacher has another one: set cross_tokenizer to alm, projected_kl or uld"
-            for term in of_teacher
+            for term in teacher_terms
             if not term.loss.feature and not term.loss.compares_chunks
         ]
         problems += [
             f"{term.name} is projected_kl at temperature {term.options['temperature']:g}, and a teacher that returns "
             "the probabilities of some ids is compared at temperature 1: set temperature to 1, or use a teacher that "
             "returns all logits"
-            for term in of_teacher
+            for term in teacher_terms
             if term.loss.function is projected_kl and not self.has_full_logits and term.options["temperature"] != 1.0
         ]
-        of_chunks = [term for term in terms if term.loss.compares_chunks]
-        return problems + self.teacher.incompatible_terms(of_chunks, name)
+        chunk_terms = [term for term in terms if term.loss.compares_chunks]
+        return problems + self.teacher.incompatible_terms(chunk_terms, name)
 
     def on_train_begin(self, step: int) -> None:
         """Call the teacher's hook."""

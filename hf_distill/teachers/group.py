@@ -134,4 +134,4 @@ def teachers_by_name(teacher: Teacher) -> Mapping[str | None, Teacher]:
 
 def find_trained_teacher(teacher: Teacher) -> TrainableTeacher | None:
     """Return the teacher that is trained with the student: the teacher or one of several; None if there is none."""
-    return next((one for one in teachers_by_name(teacher).values() if isinstance(one, TrainableTeacher)), None)
+    return next((member for member in teachers_by_name(teacher).values() if isinstance(member, TrainableTeacher)), None)

@@ -110,14 +110,14 @@ class RoutedTeacher(TeacherGroup):
         """Return the counts of target tokens and rows (packed: tokens) of each teacher, and what the teachers read."""
         index = _index_of(inputs)
         is_target = target_labels(inputs, shift) != -100
-        of_target = index.reshape(index.shape + (1,) * (is_target.dim() - index.dim())).expand_as(is_target)
-        of_row = index[0] if _is_packed(inputs) else index.flatten(1)[:, 0] if index.dim() > 1 else index
+        teacher_of_target = index.reshape(index.shape + (1,) * (is_target.dim() - index.dim())).expand_as(is_target)
+        teacher_of_row = index[0] if _is_packed(inputs) else index.flatten(1)[:, 0] if index.dim() > 1 else index
         teachers = range(len(self.teachers))
-        targets = [(is_target & (of_target == i)).sum() for i in (*teachers, NO_TEACHER)]
+        targets = [(is_target & (teacher_of_target == i)).sum() for i in (*teachers, NO_TEACHER)]
         numbers = [teacher.numbers_of_any_rows(inputs, shift) for teacher in self.teachers.values()]
         return {name: number for each in numbers for name, number in each.items()} | {
             _TARGET_COUNTS: torch.stack(targets),
-            _ROW_COUNTS: torch.stack([(of_row == i).sum() for i in teachers]),
+            _ROW_COUNTS: torch.stack([(teacher_of_row == i).sum() for i in teachers]),
         }
 
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
@@ -142,12 +142,12 @@ class RoutedTeacher(TeacherGroup):
     def _parts(self, inputs: dict, targets: Targets) -> Iterator[tuple[str, Tensor, dict, Targets]]:
         """Yield name, indices of the target tokens [T_k], inputs and target tokens of each teacher that has to run."""
         index, counts = _index_of(inputs), targets.numbers[_TARGET_COUNTS]
-        of_token = _index_of_targets(inputs, targets)
+        teacher_of_token = _index_of_targets(inputs, targets)
         inputs = {name: value for name, value in inputs.items() if name != TEACHER_INDEX}
         for i, (name, teacher) in enumerate(self.teachers.items()):
             if not counts[i] and not (isinstance(teacher.model, nn.Module) and is_sharded(teacher.model)):
                 continue
-            tokens = true_indices(of_token == i, counts[i])
+            tokens = true_indices(teacher_of_token == i, counts[i])
             part = _packed_part if _is_packed(inputs) else _rows_part
             yield name, tokens, *part(inputs, targets, tokens, index, i, targets.numbers[_ROW_COUNTS][i])
 
@@ -278,8 +278,8 @@ def _validate(teachers: Mapping[str, Teacher], sources: Mapping[str, Iterable[st
         f"{name} has no sources: name at least one source of the data" for name in teachers if not sources.get(name)
     ]
     owner: dict[str, str] = {}
-    for name, of_teacher in sources.items():
-        for source in of_teacher:
+    for name, teacher_sources in sources.items():
+        for source in teacher_sources:
             if owner.setdefault(source, name) != name:
                 problems.append(f"the source {source!r} has two teachers, {owner[source]} and {name}: give it to one")
     return problems

@@ -53,8 +53,8 @@ def choose_teacher(
     teacher = teacher if teachers is None else teachers
     if teacher is None and distill_args.losses:
         raise DistillError("`losses` are set but there is no teacher. Pass `teacher=` to the trainer.")
-    each = teacher.values() if isinstance(teacher, Mapping) else [teacher]
-    has_teacher_losses = any(isinstance(one, Teacher) and not one.provides_soft_labels for one in each)
+    members = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+    has_teacher_losses = any(isinstance(member, Teacher) and not member.provides_soft_labels for member in members)
     if not (distill_args.uses_soft_labels or distill_args.losses or has_teacher_losses):
         return NullTeacher() if has_weights else None
     if teacher is None:
@@ -77,7 +77,7 @@ def with_other_tokenizer(teacher: Teacher, name: str | None = None) -> Teacher:
         DistillError: a teacher reads the student's tokens.
     """
     if isinstance(teacher, TeacherGroup):
-        teacher.teachers = {name: with_other_tokenizer(one, name) for name, one in teacher.teachers.items()}
+        teacher.teachers = {name: with_other_tokenizer(member, name) for name, member in teacher.teachers.items()}
         return teacher
     return teacher if isinstance(teacher, CrossTokenizerTeacher) else CrossTokenizerTeacher(teacher, name=name)
 
@@ -85,7 +85,7 @@ def with_other_tokenizer(teacher: Teacher, name: str | None = None) -> Teacher:
 def cross_tokenizer_teachers(teacher: Teacher | None) -> list[CrossTokenizerTeacher]:
     """Return the teachers with another tokenizer, of one teacher or a group."""
     members = teacher.teachers.values() if isinstance(teacher, TeacherGroup) else [teacher]
-    return [one for one in members if isinstance(one, CrossTokenizerTeacher)]
+    return [member for member in members if isinstance(member, CrossTokenizerTeacher)]
 
 
 def build_teacher(teacher: TeacherArgument, distill_args: DistillArguments) -> Teacher:
@@ -101,9 +101,9 @@ def build_teacher(teacher: TeacherArgument, distill_args: DistillArguments) -> T
     if isinstance(teacher, Mapping):
         problems: list[str] = []
         teachers = {}
-        for name, one in teacher.items():
+        for name, member in teacher.items():
             try:
-                teachers[name] = build_teacher(one, distill_args)
+                teachers[name] = build_teacher(member, distill_args)
             except DistillError as error:
                 problems.append(f"teachers[{name!r}]: {error}")
         raise_if_any(problems)
@@ -133,7 +133,10 @@ def leave_devices_to_teacher(teacher: Teacher | None, args: object) -> None:
     if teacher is None or not isinstance(args, TrainingArguments) or args.n_gpu < 2:
         return
     device = args.device
-    if any(isinstance(one, FrozenTeacher) and one.is_elsewhere(device) for one in teachers_by_name(teacher).values()):
+    if any(
+        isinstance(member, FrozenTeacher) and member.is_elsewhere(device)
+        for member in teachers_by_name(teacher).values()
+    ):
         logger.warning_once(f"The student is trained on {device} alone, because a teacher is on another device.")
         args._n_gpu = 1
 
