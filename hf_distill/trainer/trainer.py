@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..core.aligned_inputs import aligned_names
 from ..core.deepspeed_config import enable_zero3_gather_on_save
 from ..core.logits import to_host
-from ..core.row_values import ORIGIN, ORIGINS, WEIGHT
+from ..core.row_values import ORIGIN, WEIGHT
 from ..core.targets import SECOND_VIEW_KEYS, TEACHER_INDEX, TEACHER_PREFIX
 from ..core.teacher_inputs import TEACHER_LABELS, is_teacher_key, without_teacher_inputs
 from ..data.row_values import check_no_weights, has_row_value
@@ -40,6 +40,7 @@ from ..teachers import NullTeacher, RoutedTeacher, Teacher, TrainableTeacher
 from ..teachers.group import find_trained_teacher, teachers_by_name
 from ..teachers.input_keys import foreign_key_problem
 from ..teachers.input_limits import check_ids
+from .batch_columns import SOURCE, with_origin, with_teacher_index
 from .changed_arguments import changed_arguments, objective_arguments
 from .checkpoint_loading import load_checkpoint_weights
 from .checkpointing import Checkpointer
@@ -159,8 +160,10 @@ class DistillMixin(_Base):
         Without a teacher it is the Trainer's loss. See `Distiller` for the steps.
         """
         self._has_computed_loss = True
-        source, inputs = inputs.get("source"), self._with_origin(inputs)
-        inputs = self._with_teacher_index(inputs)
+        source = inputs.get(SOURCE)
+        if self.reads_origins:
+            inputs = with_origin(inputs, self._source_names, self.model.training)
+        inputs = with_teacher_index(inputs, self.teacher, self._source_names)
         if not self.is_distilling:
             check_no_weights(inputs, model.training)
             inputs = self._without_teacher_inputs(inputs)
@@ -236,7 +239,7 @@ class DistillMixin(_Base):
         if any(is_teacher_key(name) and name not in names for name in batch):
             return  # a teacher with further inputs does not start early
         on_host = map(torch.from_numpy, to_host(*(batch[name] for name in names)))
-        inputs = self._with_teacher_index(dict(zip(names, on_host, strict=True)))
+        inputs = with_teacher_index(dict(zip(names, on_host, strict=True)), self.teacher, self._source_names)
         step = StepInputs.read(inputs, self.teacher, self.distiller.features, model_type_of(self.model))
         self.teacher.start_batch(step.teacher_inputs, step.teacher_targets, step.feature_requests)
 
@@ -258,30 +261,6 @@ class DistillMixin(_Base):
     def reads_origins(self) -> bool:
         """Whether the losses depend on the author of the target tokens."""
         return self.is_distilling and bool(self._distill_args.by_origin)
-
-    def _with_origin(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the origin of each token, if the losses depend on it and the batch does not have it.
-
-        It comes from the names of the sources of a mixture. Rows of an evaluation without origins are the data's.
-        """
-        if ORIGIN in inputs or not self.reads_origins:
-            return inputs
-        if (source := inputs.get("source")) is not None and {*self._source_names} <= {*ORIGINS}:
-            origins = torch.zeros_like(source)
-            for index, name in enumerate(self._source_names):
-                origins = origins.masked_fill(source == index, ORIGINS.index(name))
-            return {**inputs, ORIGIN: origins}
-        if not self.model.training and (labels := inputs.get("labels")) is not None:
-            return {**inputs, ORIGIN: torch.full_like(labels[:, 0], ORIGINS.index("data"))}
-        return inputs
-
-    def _with_teacher_index(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add the index of each token's teacher, if the teachers have sources; `source` is used for logs only."""
-        source = inputs.get("source")  # the dataset of a mixture that each token is from
-        inputs = {name: value for name, value in inputs.items() if name != "source"}
-        if isinstance(self.teacher, RoutedTeacher) and self.teacher.sources is not None:
-            inputs[TEACHER_INDEX] = self.teacher.teacher_index(source, self._source_names)
-        return inputs
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
