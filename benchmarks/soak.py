@@ -2,7 +2,7 @@
 
 python soak.py              (`make soak`)
 python soak.py crashes [KIND ...]   only the killed runs, of all kinds or some; the other results are kept
-python soak.py memory               only the memory of all kinds; the other results are kept
+python soak.py memory [KIND ...]    only the memory, of all kinds or some; the other results are kept
 """
 
 import json
@@ -135,9 +135,9 @@ def kill_kinds(folder: Path, names: Sequence[str], earlier: dict[str, Any]) -> d
     return {"crashes": total, "lost": lost, "save_total_limit": 1, "kinds": kinds}
 
 
-def memory_of_all_kinds(folder: Path) -> dict[str, Any]:
-    """Measure the growth of memory for each kind that trains, one after another in fresh processes."""
-    growth = {kind: run_in_fresh_process("memory", kind, str(folder)) for kind in TRAINABLE_KINDS}
+def memory_of_kinds(folder: Path, names: Sequence[str], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Measure the growth of memory of some kinds, one after another in fresh processes; add earlier results."""
+    growth = earlier | {kind: run_in_fresh_process("memory_of_kind", kind, str(folder)) for kind in names}
     most = max(kind["mb_per_100_steps"] for kind in growth.values())
     return {"steps": STEPS, "most_mb_per_100_steps": most, "kinds": growth}
 
@@ -148,11 +148,11 @@ def main(parts: Sequence[str] = ("crashes", "memory", "self_check"), kinds: Sequ
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_cache(folder)
+        earlier = {part: results[part]["kinds"] if kinds else {} for part in ("crashes", "memory")}
         if "crashes" in parts:
-            earlier = results["crashes"]["kinds"] if kinds else {}
-            results["crashes"] = kill_kinds(folder, kinds or [*KINDS], earlier)
+            results["crashes"] = kill_kinds(folder, kinds or [*KINDS], earlier["crashes"])
         if "memory" in parts:
-            results["memory"] = memory_of_all_kinds(folder)
+            results["memory"] = memory_of_kinds(folder, kinds or TRAINABLE_KINDS, earlier["memory"])
     if "self_check" in parts:
         results["self_check"] = run_in_fresh_process("self_check")
     write_json(RESULT, results | {"environment": environment("cpu")})
@@ -160,13 +160,11 @@ def main(parts: Sequence[str] = ("crashes", "memory", "self_check"), kinds: Sequ
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["memory", kind, shared_folder]:
+        case ["memory_of_kind", kind, shared_folder]:
             print(json.dumps(memory(kind, Path(shared_folder))))
         case ["self_check"]:
             print(json.dumps(self_check(Path.cwd())))
-        case ["crashes", *names]:
-            main(["crashes"], names)
-        case ["memory"]:
-            main(["memory"])
+        case ["crashes" | "memory" as part, *names]:
+            main([part], names)
         case _:
             main()
