@@ -46,7 +46,7 @@ from ..teachers.loading import (
 )
 from ..trainer.config import DistillConfig
 from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_options
-from .pruning import Pruner
+from .pruning import Pruner, check_widths
 from .quantized_student import launch_problems
 from .tasks import Task
 from .trimmed_rows import Trimming
@@ -98,6 +98,9 @@ class ModelFactory:
         self.caches: dict[str, JSONObject] = {}
         self.remote_teachers: dict[str, RemoteTeacher] = {}
         self._pruning_source: Student | TeacherSpec = self._spec if self._spec.loaded_model else self._student
+        if cut:
+            config = load_pretrained(AutoConfig, self._path, revision=self._pruning_source.revision)
+            check_widths(cut, task.auto_class, config)
         self._full_model: PreTrainedModel | None = None
         self._tokenizer, self._other_tokenizers = tokenizer, {each.name: each.tokenizer for each in other_tokenizers}
         self._tokenizer_model = recipe.tokenizer_model

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core import run_files
 from ..core.io import damage_reported, read_json, write_json
@@ -18,7 +19,7 @@ from ..models.model_types import unwrap_model
 from ..models.pruned_shape import KeptUnits, PrunedShape
 from ..models.pruning import block_influence, cut_student, top_layers
 from ..models.vocabulary import trim_model
-from ..models.width_pruning import keep_units, select_units
+from ..models.width_pruning import keep_units, pruned_config, select_units
 from ..recipe.from_teacher import FromTeacher
 
 
@@ -116,6 +117,23 @@ class Pruner:
         for row in islice(rows, self.cut.calibration_rows):
             ids = torch.tensor([row["input_ids"]])
             yield {"input_ids": ids if self.kept_ids is None else torch.tensor(self.kept_ids)[ids]}
+
+
+def check_widths(cut: FromTeacher, auto_class: type, config: PretrainedConfig) -> None:
+    """Check the widths of a pruned student with the config of its teacher, before any weights are loaded.
+
+    Args:
+        cut: The sizes of the student.
+        auto_class: The auto class that loads the teacher.
+        config: The config of the teacher.
+
+    Raises:
+        DistillError: A width is not possible for this teacher.
+    """
+    if cut.prunes_width:
+        with torch.device("meta"):
+            teacher = cast(Any, auto_class).from_config(config)
+        pruned_config(teacher, PrunedShape(layers=tuple(sorted(cut.layers)) if cut.layers else None, **cut.widths()))
 
 
 def prune_to(teacher: nn.Module, kept: KeptUnits, kept_ids: Sequence[int] | None = None) -> PreTrainedModel:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_run import StopAt, metrics, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_distill import DistillError
 from hf_distill.analysis.initial_student import student_before
@@ -129,7 +129,11 @@ def test_a_cache_has_the_layers_that_the_student_keeps(tmp_path):
         ("{num_experts: 2}", "num_experts of LlamaForCausalLM cannot be pruned"),
     ],
 )
-def test_an_impossible_size_is_an_error_that_leaves_no_folder(tmp_path, cut, problem):
+def test_an_impossible_size_is_an_error_before_weights_are_loaded(tmp_path, monkeypatch, cut, problem):
+    def load(*args, **kwargs):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", load)
     with pytest.raises(DistillError, match=problem):
         run_recipe(_unshrunk(tmp_path / "run", cut))
     assert not (tmp_path / "run").exists()
