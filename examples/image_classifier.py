@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import ClassLabel, Image, load_dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from hf_distill import DistillConfig, DistillTrainer, DualProcessorCollator
@@ -33,10 +33,13 @@ arguments = parser.parse_args()
 
 is_folder = Path(arguments.dataset).is_dir()
 source = {"path": "imagefolder", "data_dir": arguments.dataset} if is_folder else {"path": arguments.dataset}
-parts = load_dataset(**source, split="train").train_test_split(arguments.held_out_share, seed=0)
-
+images = load_dataset(**source, split="train")
+if "image" not in images.features or not isinstance(images.features.get("label"), ClassLabel):
+    raise SystemExit(f"The script reads an image and a label with the names of its classes; found {images.features}.")
+images = images.cast_column("image", Image(mode="RGB"))  # the models read three colors
+parts = images.train_test_split(arguments.held_out_share, seed=0)
 teacher = AutoModelForImageClassification.from_pretrained(arguments.teacher)
-names = parts["train"].features["label"].names
+names = images.features["label"].names
 if [teacher.config.id2label[i] for i in range(teacher.config.num_labels)] != names:
     raise SystemExit(f"The teacher's classes are {teacher.config.id2label}, and those of the data set are {names}.")
 config = AutoConfig.from_pretrained(

@@ -7,7 +7,8 @@ Run with tiny models in two processes on CPUs (gloo) by the test suite; not run 
     torchrun --nproc_per_node 8 examples/teacher_70b_fsdp2.py --dataset HuggingFaceTB/smol-smoltalk
 
 With --teacher_placement zero3 the teacher is sharded by DeepSpeed ZeRO-3 (`pip install ".[deepspeed]"`); with nf4 each
-GPU holds the full teacher in 4 bits (`pip install ".[quant]"`).
+GPU holds the full teacher in 4 bits (`pip install ".[quant]"`). The default models need a Hub account that accepted
+their license, and `hf auth login`.
 """
 
 import argparse

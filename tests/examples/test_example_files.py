@@ -26,6 +26,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_distill import DistillError
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.trl import DistillSFTTrainer
 
@@ -61,9 +62,10 @@ def save_model(folder: Path, seed: int, layers: int, merges=(), **sizes) -> str:
 
 @pytest.fixture
 def chats(tmp_path) -> str:
-    """A file of conversations."""
+    """A file of conversations, with the columns of the default data set."""
     file = tmp_path / "chats.jsonl"
-    file.write_text("".join(json.dumps({"messages": conversation(i)}) + "\n" for i in range(20)))
+    rows = [{"messages": conversation(i), "source": "everyday-conversations"} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
 
@@ -200,7 +202,8 @@ def test_the_image_script_reads_two_image_sizes(run_example, tmp_path):
         folder = tmp_path / "images" / names[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         pixels = draw.integers(0, 80, (24, 24, 3)) + [80 * (i % 3), 0, 0]
-        Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
+        image = Image.fromarray(pixels.astype("uint8"))
+        (image.convert("L") if i == 5 else image).save(folder / f"{i}.png")  # one image is gray
     size = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, patch_size=8, initializer_range=0.3)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     for who, layers, pixels in (("student", 1, 16), ("teacher", 2, 32)):
@@ -223,6 +226,21 @@ def test_the_reranker_script_learns_differences_of_scores(run_example, tmp_path)
     options = ("--dataset", str(tmp_path / "triples.jsonl"), "--max_length", "32", "--max_steps", "40")
     improved(run_example("reranker.py", *models, *options), "eval_loss")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("reranker.py", (), r"The columns are \['messages', 'source'\]; the script reads query, positive and negative"),
+        ("lora_one_gpu.py", ("--held_out_share", "0.01"), r"share of 0.01 of 20 documents .* Use another share"),
+    ],
+)
+def test_data_that_a_script_cannot_use_is_an_error_that_says_what_to_change(
+    run_example, chats, tmp_path, script, options, message
+):
+    student = save_model(tmp_path / "student", 0, 1)
+    with pytest.raises((SystemExit, DistillError), match=message):
+        run_example(script, "--student", student, "--teacher", student, "--dataset", chats, *options)
 
 
 def test_the_table_lists_every_example_and_no_other_file():
