@@ -29,8 +29,8 @@ def prompt_rows(documents: Examples, where: str = UNNAMED_SOURCE) -> Examples:
     kind = format_of(columns, where=where)
     if kind != MESSAGES:
         raise DistillError(
-            f"{where} has the format {kind}, which has no prompts. On-policy distillation, and a teacher with a prompt "
-            "of its own, need them: use a source with `messages`, or with `prompt` and `completion`."
+            f"{where} has the format {kind}, which has no prompts. On-policy distillation, and a teacher with another "
+            "prompt, need them: use a source with `messages`, or with `prompt` and `completion`."
         )
     split = by_row(_split, documents, where)
     return map_exactly(documents.with_format(None), split, _split_features(documents.features), [MESSAGES])

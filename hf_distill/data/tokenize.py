@@ -153,8 +153,8 @@ def tokenize_examples(
         where: name of the source in errors.
         chat_template: see `make_encode_fn`.
         other_tokenizers: teachers with other tokenizers, for which conversations, and prompts with completions, become
-            rows of their own. They are as long as they are: the rows of the student are truncated. A teacher reads
-            examples of `input_ids`, and of conversations all of whose tokens are targets, as the student's text.
+            separate rows, which are not truncated as the student's are. A teacher reads examples of `input_ids`,
+            and of conversations all of whose tokens are targets, as the student's text.
 
     Returns:
         a data set with `input_ids` and `labels`, [S] each; with a second prompt, or another tokenizer, also its ids and

@@ -34,7 +34,7 @@ class Step(StrictModel):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it reads beside `prompt`, `completion` and `source`."""
+        """The columns that it reads in addition to `prompt`, `completion` and `source`."""
         return ()
 
     @property

@@ -32,7 +32,7 @@ class Reference(AnswerStep, RowFilter):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it reads beside `prompt`, `completion` and `source`."""
+        """The columns that it reads in addition to `prompt`, `completion` and `source`."""
         return (self.column,)
 
     def start(self) -> Callable[[Row], bool]:

@@ -41,7 +41,7 @@ class BestOfN(Selection):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it reads beside `prompt`, `completion` and `source`."""
+        """The columns that it reads in addition to `prompt`, `completion` and `source`."""
         return (LOG_PROBABILITY,) if self.score == LOG_PROBABILITY else ()
 
     @property

@@ -35,7 +35,7 @@ class Length(SingleRowFilter):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it reads beside `prompt`, `completion` and `source`."""
+        """The columns that it reads in addition to `prompt`, `completion` and `source`."""
         return ("tokens",) if (self.min_tokens, self.max_tokens) != (None, None) else ()
 
     def keep(self, row: Row) -> bool:
@@ -56,7 +56,7 @@ class Unfinished(SingleRowFilter):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that it reads beside `prompt`, `completion` and `source`."""
+        """The columns that it reads in addition to `prompt`, `completion` and `source`."""
         return ("finish_reason",)
 
     def keep(self, row: Row) -> bool:

@@ -125,7 +125,7 @@ def allowed_positions(inputs: Mapping[str, Tensor]) -> Tensor:
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if tokens is None:
         raise DistillError(
-            "The batch has no `attention_mask` and no `input_ids`, which tell the positions of each row."
+            "The batch has neither `attention_mask` nor `input_ids`: one of them gives the positions of each row."
         )
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 

@@ -34,7 +34,7 @@ def cross_tokenizer_problems(recipe: "Recipe") -> list[str]:
 
 _NO_STAGES = (
     "the student of a stage has the tokenizer of its teacher, the student of the stage before it: distill the first "
-    "student with cross_tokenizer in a recipe of its own, and the others from it in a second one"
+    "student with cross_tokenizer in one recipe, and the others from it in a second one"
 )
 
 

@@ -220,7 +220,7 @@ class Recipe(StrictModel):
         if trained := sorted({*self.kinds} & {"online", "mutual", "mtp"}):
             problems.append(f"teacher.kind {trained[0]} trains the teacher by the same losses")
         if any(spec.sources for spec in self.teachers):
-            problems.append("the sources have teachers of their own")
+            problems.append("different sources have different teachers")
         if problems:
             raise ValueError(f"distill.by_origin: {'; '.join(problems)}: remove by_origin")
 

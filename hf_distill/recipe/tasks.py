@@ -90,7 +90,7 @@ class TaskKeys:
                 f"distill.cross_tokenizer has no meaning for the task {self.name}: it compares spans of generated text"
             )
         if recipe.distill.by_origin:
-            yield f"distill.by_origin has no meaning for the task {self.name}: nobody wrote its labels token by token"
+            yield f"distill.by_origin has no meaning for the task {self.name}: its labels have no author"
         if recipe.export in ("merged", "mtp"):
             yield f"export {recipe.export} is for students of the task {TEXT_GENERATION}: remove export"
 
@@ -157,7 +157,7 @@ _OF_TEXT = {
 _OF_SOURCES = {
     "column": "set data.columns, which names each of its columns",
     "assistant_only": "it reads no conversations",
-    "origin": "nobody wrote its labels token by token",
+    "origin": "its labels have no author",
     "loss_weight": "its rows have no weights",
     "overflow": "it is for token sequences that are trained on as they are",
     "streaming": "its data sets are read as a whole, to check labels and lengths",
@@ -165,7 +165,7 @@ _OF_SOURCES = {
 }
 _OF_RECIPES: dict[str, Any] = {
     "on_policy": "its student generates nothing in training",
-    "stages": "run each stage as a recipe of its own",
+    "stages": "run each stage as a separate recipe",
 }
 TEXT_CLASSIFICATION = TaskKeys(
     "text-classification", ("text", "label"), ("text_pair",), "bert", "smoke:texts", reads_text=True

@@ -59,7 +59,7 @@ class DistillSeq2SeqTrainer(DistillMixin, Seq2SeqTrainer):
 
     Keyword Args:
         teacher: the teacher: a model, the id or path of a model, or a `Teacher`. None trains without a teacher.
-        model_type: what the outputs of `model` are, if its class does not tell it; see `DistillTrainer`.
+        model_type: type of `model`, if its class is of no known type; see `DistillTrainer`.
 
     All other arguments are those of `Seq2SeqTrainer`, in the same positions.
 

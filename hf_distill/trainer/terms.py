@@ -85,8 +85,8 @@ def _origin_problems(
         problems.append("by_origin is set, and the student generates no text, whose author could matter: remove it")
     if isinstance(teacher, RoutedTeacher):
         problems.append(
-            "by_origin is set, and the rows have teachers of their own: use one teacher, or several for all rows, or "
-            "remove by_origin"
+            "by_origin is set, and different rows have different teachers: use one teacher, or several for all rows, "
+            "or remove by_origin"
         )
     if any(isinstance(each, TrainableTeacher) for each in teachers_by_name(teacher).values()):
         problems.append("by_origin is set, and the teacher is trained with the student by the same losses: remove it")

@@ -698,8 +698,8 @@ class DistillTrainer(DistillMixin, Trainer):
             alpha 0.5).
         teacher: the teacher: a model, the id or path of a model, or a `Teacher`. None trains without a teacher.
         teachers: several teachers by name, with equal weights. For other weights pass a `MultiTeacher` as `teacher`.
-        model_type: what the outputs of `model` are, if it is no transformers model or its class does not tell it, such
-            as "classification"; see `docs/model-types.md` for the names.
+        model_type: type of `model`, such as "classification", if it is not a transformers model or its class is of no
+            known type; see `docs/model-types.md` for the names.
 
     All other arguments are those of `Trainer`, in the same positions.
 
