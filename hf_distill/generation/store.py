@@ -54,21 +54,16 @@ class CompletionStore:
     def __init__(self, folder: Path, identity: JSONObject, parts: Sequence[Part], has_signals: bool = False):
         self.folder, self.identity, self.parts, self.has_signals = folder, identity, parts, has_signals
 
-    def open(self, resume: bool) -> list[Part]:
+    def open(self) -> list[Part]:
         """Create or continue the folder, and return the parts that are missing.
 
         Raises:
-            DistillError: the folder holds other files, completions of another recipe, or completions without `resume`.
+            DistillError: the folder holds other files, or completions of another recipe.
         """
+        check_folder(self.folder, resume=True)
         file = self.folder / GENERATION
         stored = read_json(file)
         if not stored:
-            leftover = f"{GENERATION}.half"  # of a process that was killed while it wrote the file
-            names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-            if any(name != leftover and not name.startswith(".") for name in names):
-                raise DistillError(
-                    f"{self.folder} contains other files than a generated data set: give an empty or new folder."
-                )
             (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
             write_json(file, {"identity": self.identity})
             flush(self.folder)
@@ -76,13 +71,6 @@ class CompletionStore:
             raise DistillError(
                 f"{self.folder} holds completions of another recipe or data: {_difference(stored, self.identity)}. "
                 "Restore these values, or give another folder."
-            )
-        elif not resume:
-            missing = len(self.missing())
-            raise DistillError(
-                f"{self.folder} holds {len(self.parts) - missing} of {len(self.parts)} parts of this data set: pass "
-                + ("--resume to generate the missing ones, " if missing else "--resume to write it again from these, ")
-                + "or give another folder."
             )
         (self.folder / PARTS).mkdir(exist_ok=True)
         return self.missing()
@@ -146,8 +134,8 @@ class CompletionStore:
             set_aside: the rows that a filter could not judge.
             facts: what is recorded about the data set, see `read_facts`.
         """
-        record = self.folder / GENERATION
-        write_json(record, {"identity": self.identity})  # without the facts of the data set that is replaced
+        # without the facts of the data set that is replaced
+        write_json(self.folder / GENERATION, {"identity": self.identity})
         data, new, old = self.folder / DATA, self.folder / f".{DATA}.new", self.folder / f".{DATA}.old"
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -167,8 +155,12 @@ class CompletionStore:
             with atomic_path(self.folder / SET_ASIDE) as temporary:
                 pq.write_table(set_aside, temporary)
         flush(self.folder)
-        write_json(record, {"identity": self.identity, "data_set": facts or {}})
+        self.record(facts or {})
         shutil.rmtree(old, ignore_errors=True)
+
+    def record(self, facts: JSONObject) -> None:
+        """Record facts about the complete data set, see `read_facts`."""
+        write_json(self.folder / GENERATION, {"identity": self.identity, "data_set": facts})
 
     def _file(self, part: Part) -> Path:
         return self.folder / PARTS / f"part-{part.number:06d}.parquet"
@@ -178,6 +170,27 @@ class CompletionStore:
 
     def _files(self, part: Part) -> list[Path]:
         return [self._file(part), self._signal_file(part)] if self.has_signals else [self._file(part)]
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Check that a data set can be generated into a folder, which needs no model.
+
+    Raises:
+        DistillError: the folder holds other files, or holds a data set and `resume` is false.
+    """
+    if read_json(folder / GENERATION):
+        if resume:
+            return
+        if read_facts(folder):
+            state, effect = "a complete data set", "to keep it, or to write it again if filters were changed"
+        else:
+            parts = len([*(folder / PARTS).glob("*.parquet")])
+            state, effect = f"an unfinished data set with {parts} complete parts", "to continue it"
+        raise DistillError(f"{folder} holds {state}: pass --resume {effect}, or give another folder.")
+    leftover = f"{GENERATION}.half"  # of a process that was killed while it wrote the file
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if any(name != leftover and not name.startswith(".") for name in names):
+        raise DistillError(f"{folder} contains other files than a generated data set: give an empty or new folder.")
 
 
 def read_facts(folder: Path) -> JSONObject:

@@ -10,13 +10,13 @@ _HOME = {
     "list_recipes": ".resolve",
     "run_recipe": "..runner.run",
     "generate_data": "..runner.generate",
-    "GeneratedData": "..runner.generate",
+    "GeneratedData": "..runner.complete_data",
 }
 
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    from ..runner.generate import GeneratedData as GeneratedData
+    from ..runner.complete_data import GeneratedData as GeneratedData
     from ..runner.generate import generate_data as generate_data
     from ..runner.run import run_recipe as run_recipe
     from .load import load_recipe as load_recipe

@@ -1,11 +1,9 @@
 """Generates a data set: the teacher of a recipe completes the prompts of its sources."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,16 +24,13 @@ from ..generation.evaluation import Evaluation, evaluate_data_set
 from ..generation.generated_teacher import Coverage
 from ..generation.progress import GenerationProgress, ProgressMeter
 from ..generation.prompts import REFERENCE, SourceRow, read_source, with_system_prompt
-from ..generation.store import SET_ASIDE, CompletionStore
+from ..generation.store import SET_ASIDE, CompletionStore, check_folder
 from ..recipe.generation import Generation
 from ..recipe.schema import Recipe
 from ..recipe.tasks import require_text_generation
 from ..teachers.loading import env_world_size
-from .generation_cache import (
-    CACHE,
-    capture_of,
-    write_generated_cache,
-)
+from .complete_data import GeneratedData, cache_request, complete_data, digest_of, filter_files, request_of
+from .generation_cache import CACHE, capture_of, write_generated_cache
 from .generation_setup import Setup, local_setup, server_setup
 
 logger = logging.get_logger(__name__)
@@ -43,29 +38,6 @@ _NO_IDENTITY = {
     *("backend", "url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size"),
     *("reasoning", "reasoning_tags", "filters", "select", "output_dir", "samples_per_token"),
 }  # keys of `generate` that do not change the completions, or are part of the identity of the backend
-# Keys of `generate` that do not change the data set.
-_PACE = ("url", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size", "output_dir")
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")
-
-
-@dataclass(frozen=True)
-class GeneratedData:
-    """The result of a generation.
-
-    folder:      the folder
-    completions: number of generated completions
-    rows:        number of rows that the filters kept
-    tokens:      number of generated tokens
-    counts:      counts of each filter, the selection last
-    cache:       folder of the teacher cache; None if the recipe requests none
-    """
-
-    folder: Path
-    completions: int
-    rows: int
-    tokens: int
-    counts: list[StepCount]
-    cache: Path | None = None
 
 
 def generate_data(
@@ -83,8 +55,9 @@ def generate_data(
     Args:
         recipe: The recipe, see `load_recipe`; without a section `generate` its defaults apply.
         folder: Local folder of the data set.
-        resume: Continue the data set in the folder: generate the completions that are missing, and none if it is
-            complete. Without a data set in the folder, start one. If false, a folder with one is an error.
+        resume: Continue the data set in the folder: generate the completions that are missing. If the data set is
+            complete, the teacher is not loaded, and servers are not asked. Without a data set in the folder, start one.
+            If false, a folder with one is an error.
         on_stage: Called with a short description of each stage when it begins.
         on_progress: Called at most twice a second.
         sources: The prompts; None: those of all sources.
@@ -111,20 +84,24 @@ def generate_data(
     if env_world_size() > 1:
         raise DistillError("`hf-distill generate` runs in one process: start it without a launcher.")
     options = recipe.generate or Generation.model_validate({})
-    if sources is None:
-        on_stage("Reading the prompts")
-        sources = read_prompts(recipe, options)
-    check_filters(options.filters, options.select, column_names(sources, options.reasoning, options.log_probs))
-    _warn_of_replaced_columns(options, sources)
-    capture = capture_of(recipe, options)
-    request = request_of(recipe, options, sources)
     with _claimed(Path(folder)):
+        check_folder(Path(folder), resume)
+        if sources is None:
+            on_stage("Reading the prompts")
+            sources = read_prompts(recipe, options)
+        check_filters(options.filters, options.select, column_names(sources, options.reasoning, options.log_probs))
+        _warn_of_replaced_columns(options, sources)
+        capture = capture_of(recipe, options)
+        request = request_of(recipe, options, sources)
+        if data := complete_data(Path(folder), recipe, options, request):
+            on_stage(f"{folder} holds the complete data set of this recipe: nothing is generated")
+            return data
         if options.backend == "server":
             setup = server_setup(recipe, options, sources, capture)
         else:
             setup = local_setup(recipe, options, sources, capture, on_stage)
         try:
-            return _generate(recipe, options, Path(folder), setup, resume, request, on_stage, on_progress)
+            return _generate(recipe, options, Path(folder), setup, request, on_stage, on_progress)
         finally:
             setup.backend.close()
 
@@ -203,30 +180,11 @@ def read_prompts_of(
     return prompts
 
 
-def request_of(recipe: Recipe, options: Generation, sources: Sequence[SourceRow]) -> JSONObject:
-    """Return what a recipe requests: teacher, settings with the filters, and prompts.
-
-    A complete data set of the same request needs no teacher. The weights of a teacher in a local folder are compared by
-    the sizes and times of their files.
-    """
-    settings = options.model_dump(mode="json", exclude={*_PACE})
-    settings |= {"chat_template": recipe.data.chat_template, "digest": _digest([row.prompt for row in sources])}
-    spec = recipe.teacher.source_teacher if recipe.teacher else None
-    if options.backend == "server" or spec is None:
-        return settings
-    settings |= {f"teacher.{key}": getattr(spec, key) for key in ("model", "revision", "dtype", "quantization")}
-    if reference_kind(str(spec.loaded_model)) == "path":
-        files = [file for file in sorted(Path(str(spec.loaded_model)).glob("*")) if file.suffix in _WEIGHTS]
-        settings["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return settings
-
-
 def _generate(
     recipe: Recipe,
     options: Generation,
     folder: Path,
     setup: Setup,
-    resume: bool,
     request: JSONObject,
     on_stage: Callable[[str], None],
     on_progress: Callable[[GenerationProgress], None],
@@ -236,7 +194,7 @@ def _generate(
     parts = make_parts(prompts, options.samples, options.seed, options.prompts_per_part)
     identity = _identity(recipe, options, prompts, setup)
     store = CompletionStore(folder, identity, parts, setup.cache is not None)
-    missing = store.open(resume)
+    missing = store.open()
     total = sum(len(part.requests) for part in parts)
     done = total - sum(len(part.requests) for part in missing)
     on_stage(f"Generating {total - done:,} completions of {len(prompts):,} prompts")
@@ -258,20 +216,23 @@ def _generate(
     on_stage(f"Measuring and writing {len(rows):,} rows")
     evaluation = evaluate_data_set(str(public_name(backend.identity()["model"])), generated, rows, counts)
     card = _card_facts(options, sources, backend, completions, evaluation, rows, table.column_names)
-    facts: JSONObject = {"request": request, "evaluation": evaluation.as_json()}
+    cache = None if setup.cache is None else folder / CACHE
+    tokens = sum(each.tokens for each in completions)
+    data = GeneratedData(folder, len(completions), len(rows), tokens, counts, cache)
+    facts: JSONObject = {"request": request, "evaluation": evaluation.as_json(), "result": data.as_facts()}
+    facts["filter_files"] = filter_files(options)
     store.publish(table, render_card(card), make_table(set_aside) if set_aside else None, facts)
     if setup.cache is not None:
         manifest, coverage = write_generated_cache(recipe, options, setup.cache, store, on_stage)
         store.write_card(render_card(replace(card, cache=_cache_facts(manifest, coverage))))
+        store.record({**facts, "cache_request": cache_request(recipe)})
     if unfinished := sum(row["finish_reason"] == "length" for row in rows):
         logger.warning(
             f"{unfinished:,} of {len(rows):,} completions were cut off at generate.max_new_tokens = "
             f"{options.max_new_tokens}: a student trained on them learns to end there. Raise it, or add the filter "
             "unfinished."
         )
-    cache = None if setup.cache is None else folder / CACHE
-    tokens = sum(each.tokens for each in completions)
-    return GeneratedData(folder, len(completions), len(rows), tokens, counts, cache)
+    return data
 
 
 def _cache_facts(manifest: Manifest, coverage: Coverage) -> JSONObject:
@@ -302,15 +263,7 @@ def _identity(recipe: Recipe, options: Generation, prompts: Sequence[Prompt], se
     template: JSONObject = {"data.chat_template": recipe.data.chat_template}
     if setup.cache is not None:
         template["temperature of the cache"] = setup.cache.capture.temperature
-    return {**setup.backend.identity(), **settings, **template, "prompts": len(prompts), "digest": _digest(prompts)}
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        values = [prompt.source, prompt.row, prompt.content, prompt.tools]
-        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return {**setup.backend.identity(), **settings, **template, "prompts": len(prompts), "digest": digest_of(prompts)}
 
 
 def _card_facts(

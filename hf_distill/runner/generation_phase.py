@@ -23,7 +23,8 @@ from ..generation.store import read_facts
 from ..recipe.generation import Generation
 from ..recipe.schema import Recipe
 from ..teachers.loading import env_world_size
-from .generate import GeneratedData, generate_data, read_prompts_of, request_of
+from .complete_data import GeneratedData, request_of
+from .generate import generate_data, read_prompts_of
 from .generated_sources import generation_rows, seed_of
 
 logger = logging.get_logger(__name__)

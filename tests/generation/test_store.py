@@ -15,7 +15,7 @@ from forking import fork_context
 from hf_distill.errors import DistillError
 from hf_distill.generation import store as store_module
 from hf_distill.generation.completion import Completion, Part, Prompt, make_parts
-from hf_distill.generation.store import CompletionStore
+from hf_distill.generation.store import CompletionStore, check_folder
 from hf_distill.generation.token_signals import TokenSignals
 
 IDENTITY = {"model": "org/teacher", "generate.seed": 0}
@@ -42,8 +42,9 @@ def signals(request) -> TokenSignals:
 
 
 def write_all(folder: Path, resume: bool, has_signals: bool = False) -> None:
+    check_folder(folder, resume)
     store = CompletionStore(folder, IDENTITY, parts_of(), has_signals)
-    for part in store.open(resume):
+    for part in store.open():
         store.write(part, completions_of(part))
     store.publish(pa.table({"completion": [each.text for each in store.read()]}), "# card")
 
@@ -117,7 +118,7 @@ def test_a_part_without_its_distributions_is_missing(tmp_path):
     write_all(tmp_path, False, has_signals=True)
     (tmp_path / ".completions" / "part-000001.safetensors").unlink()
     store = CompletionStore(tmp_path, IDENTITY, parts_of(), has_signals=True)
-    assert [part.number for part in store.open(resume=True)] == [1]
+    assert [part.number for part in store.open()] == [1]
 
 
 @pytest.mark.parametrize("cut", range(4))  # three parts, and the data set
@@ -131,7 +132,7 @@ def test_half_a_file_is_never_read(cut, tmp_path):
 
 def test_a_part_with_missing_or_repeated_completions_is_not_written(tmp_path):
     store = CompletionStore(tmp_path, IDENTITY, parts_of())
-    part = store.open(resume=False)[0]
+    part = store.open()[0]
     for completions in (completions_of(part)[1:], [completions_of(part)[0], *completions_of(part)[:-1]]):
         with pytest.raises(ValueError, match="part 0 has 3 of 4"):
             store.write(part, completions)
@@ -142,16 +143,16 @@ def test_a_folder_of_another_recipe_is_refused_and_not_changed(tmp_path):
     write_all(tmp_path, resume=False)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(DistillError, match=r"of another recipe or data: generate.seed is 1 here and 0 there"):
-        CompletionStore(tmp_path, IDENTITY | {"generate.seed": 1}, parts_of()).open(resume=True)
-    with pytest.raises(DistillError, match="holds 3 of 3 parts of this data set: pass --resume"):
-        CompletionStore(tmp_path, IDENTITY, parts_of()).open(resume=False)
+        CompletionStore(tmp_path, IDENTITY | {"generate.seed": 1}, parts_of()).open()
+    with pytest.raises(DistillError, match="holds an unfinished data set with 3 complete parts: pass --resume"):
+        check_folder(tmp_path, resume=False)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DistillError, match="contains other files than a generated data set"):
-        CompletionStore(tmp_path, IDENTITY, parts_of()).open(resume=True)
+        CompletionStore(tmp_path, IDENTITY, parts_of()).open()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -1,6 +1,7 @@
 """`hf-distill generate`: from a recipe to a data set that a run trains on as it is."""
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -219,8 +220,63 @@ def test_columns_whose_names_the_data_set_uses_are_named(recipe_of, tmp_path, ca
 
 def test_a_complete_data_set_is_not_called_incomplete(recipe_of, tmp_path):
     generate_data(recipe_of(TEXTS), str(tmp_path / "out"))
-    with pytest.raises(DistillError, match="3 of 3 parts of this data set: pass --resume to write it again from these"):
+    with pytest.raises(DistillError, match="holds a complete data set: pass --resume to keep it"):
         generate_data(recipe_of(TEXTS), str(tmp_path / "out"))
+
+
+@pytest.fixture
+def without_teacher(monkeypatch):
+    """`without_teacher()`: from here on, no teacher can be loaded."""
+
+    def load(*_):
+        raise AssertionError("the teacher was loaded")
+
+    return lambda: monkeypatch.setattr("hf_distill.runner.generate.local_setup", load)
+
+
+@pytest.mark.parametrize("cache", [None, "top_k"])
+def test_a_complete_data_set_is_resumed_without_its_teacher(cache, recipe_of, tmp_path, without_teacher):
+    filters = [{"name": "length", "max_tokens": 100}]
+    options = {"samples": 2, "filters": filters, "cache": cache}
+    first = generate_data(recipe_of(TEXTS, **options), str(tmp_path / "out"))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.suffix}
+    without_teacher()
+    assert generate_data(recipe_of(TEXTS, **options), str(tmp_path / "out"), resume=True) == first
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    with pytest.raises(DistillError, match="holds a complete data set"):
+        generate_data(recipe_of(TEXTS, **options), str(tmp_path / "out"))
+    changed = [recipe_of(TEXTS, **{**options, "samples": 3}), recipe_of(TEXTS, **{**options, "filters": []})]
+    if cache:  # the cache must have the rows of the training
+        changed.append(recipe_of(TEXTS, changes=["data.max_length=128"], **options))
+    for recipe in changed:
+        with pytest.raises(AssertionError, match="was loaded"):
+            generate_data(recipe, str(tmp_path / "out"), resume=True)
+    if cache:
+        (tmp_path / "out" / "cache" / "manifest.json").unlink()
+    else:
+        next((tmp_path / "out" / "data").glob("*.parquet")).unlink()
+    with pytest.raises(AssertionError, match="was loaded"):
+        generate_data(recipe_of(TEXTS, **options), str(tmp_path / "out"), resume=True)
+
+
+def test_a_changed_function_of_the_user_filters_a_complete_data_set_again(recipe_of, tmp_path, monkeypatch):
+    file = tmp_path / "judge_that_changes.py"
+    file.write_text("def judge(row):\n    return True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {"filters": [{"name": "function", "function": "judge_that_changes:judge"}]}
+    assert generate_data(recipe_of(TEXTS, **options), str(tmp_path / "out")).rows == 5
+    file.write_text("def judge(row):\n    return row['row'] > 2\n")
+    monkeypatch.delitem(sys.modules, "judge_that_changes")
+    assert generate_data(recipe_of(TEXTS, **options), str(tmp_path / "out"), resume=True).rows == 2
+
+
+def test_a_folder_with_other_files_is_refused_before_the_teacher_is_loaded(recipe_of, tmp_path, without_teacher):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    without_teacher()
+    for resume in (False, True):
+        with pytest.raises(DistillError, match="contains other files than a generated data set"):
+            generate_data(recipe_of(TEXTS), str(tmp_path / "out"), resume=resume)
 
 
 def test_other_filters_need_no_new_generation(recipe_of, tmp_path, monkeypatch):
