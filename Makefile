@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The tests of one file share fixtures. Tests on several processes run after the others.
 APART  := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-models test-minimum-versions test-triton test-vllm check lint docs dist bench evidence soak fuzz browser clean
+.PHONY: quickstart test test-models test-minimum-versions test-triton test-vllm check lint docs dist bench evidence notebook soak fuzz browser clean
 .DELETE_ON_ERROR:
 
 # torch is installed first and pinned, so that a later line cannot choose another build.
@@ -146,6 +146,11 @@ bench: $(VENV)-bench/installed
 evidence: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/evidence/run.py
 	test -f benchmarks/results/cache_estimators.json || $(BIN)/python benchmarks/cache_estimators.py
+
+# Executes examples/quickstart.ipynb, and saves it with its outputs (a few minutes on two cores).
+notebook: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet matplotlib nbclient ipykernel ipywidgets
+	$(BIN)/python benchmarks/execute_notebook.py
 
 # Kills every kind of run at 30 moments and resumes it. The test suite contains a sample.
 soak: $(VENV)/installed-dev

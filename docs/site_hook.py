@@ -1,10 +1,12 @@
 """Hook of MkDocs: adds the files outside docs/ that pages link to, and the gallery of recipes.
 
 A file outside docs/ keeps its path on the site. README.md of the repository becomes the home page, a recipe a page with
-its header and its YAML, a folder a list of its files, and a file of code a page that shows it. JSON files and pictures
-are copied. MkDocs then checks the links, so that a link that leads nowhere ends a strict build.
+its header and its YAML, a folder a list of its files, a notebook a page of its cells and outputs, and a file of code a
+page that shows it. JSON files and pictures are copied. MkDocs then checks the links, so that a link that leads nowhere
+ends a strict build.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -103,7 +105,23 @@ def content_of(path: str) -> str:
     if path.startswith("recipes/") and path.endswith(".yaml"):
         header = render_header(file.stem, path)
         return f"# {file.stem}\n\n{header}\n\n## The recipe\n\n```yaml\n{text}```\n"
+    if path.endswith(".ipynb"):
+        return "\n\n".join(part for cell in json.loads(text)["cells"] for part in render_cell(cell)) + "\n"
     return f"# {path}\n\n```{file.suffix[1:]}\n{text}```\n"
+
+
+def render_cell(cell: dict) -> list[str]:
+    """Return a cell of a notebook as Markdown: its text or code, and the texts and pictures that it printed."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return [source]
+    parts = [f"```python\n{source}\n```"]
+    for output in cell["outputs"]:
+        if output["output_type"] == "stream":
+            parts.append(f"```text\n{''.join(output['text'])}```")
+        elif picture := output.get("data", {}).get("image/png"):
+            parts.append(f"![output](data:image/png;base64,{''.join(picture).strip()})")
+    return parts
 
 
 def gallery() -> str:
@@ -136,7 +154,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
         files.append(File.generated(config, source, content=content))
         if (ROOT / path).is_dir():
             waiting += [f"{path}/{child.name}" for child in (ROOT / path).iterdir() if child.name.endswith(COPIED)]
-        elif path.endswith((".md", ".yaml")):
+        elif path.endswith((".md", ".yaml", ".ipynb")):
             waiting += linked_files(path, content)
     config["extra"]["repository_paths"] = {site_path(path): path for path in added}
     return files

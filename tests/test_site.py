@@ -110,6 +110,15 @@ def test_a_link_keeps_its_target_on_the_site(hook, page, link, expected):
     assert hook.rewrite_links(page, f"See [x]({link}).") == f"See [x]({expected})."
 
 
+def test_a_notebook_becomes_a_page_with_its_text_code_outputs_and_pictures(hook):
+    page = hook.content_of("examples/quickstart.ipynb")
+    assert page.startswith("# Knowledge distillation")
+    assert "```python\nfrom hf_distill import DistillConfig, DistillTrainer\n" in page
+    assert "```text\nPython 3" in page
+    assert "](data:image/png;base64," in page
+    assert "examples/README.md" in hook.linked_files("examples/quickstart.ipynb", page)
+
+
 def test_links_in_code_stay_as_they_are(hook):
     text = "`[x](../recipes/ema.yaml)`\n\n```python\ny = [x](../recipes/ema.yaml)\n```\n"
     assert hook.rewrite_links("docs/hub.md", text) == text
