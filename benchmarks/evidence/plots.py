@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cells import BY_ALPHA, BY_TEMPERATURE
-from tables import Results, of, tokens_a_step
+from tables import Results, common_seeds, of, tokens_a_step
 
 from hf_distill.report.figures import COLORS, axes
 
@@ -32,14 +32,18 @@ def labels(results: Results):
 
 
 def temperatures(results: Results):
-    """Return a figure of perplexity and KL over T, and over alpha."""
+    """Mean perplexity and KL of the seeds over T, and over alpha."""
     figure, both = axes("Temperature and alpha", "", "held-out perplexity", width=9, count=2)
     for axis, cells, name in ((both[0], BY_TEMPERATURE, "T, at alpha = 0.5"), (both[1], BY_ALPHA, "alpha, at T = 2")):
-        by_value = {x: of(results, cell)[0] for x, cell in cells.items() if of(results, cell)}
-        axis.plot([*by_value], [metrics["perplexity"] for metrics in by_value.values()], "o-", color=COLORS["student"])
+        seeds = common_seeds(results, cells.values())
+        mean = {
+            key: [sum(results[cell, seed]["metrics"][key] for seed in seeds) / len(seeds) for cell in cells.values()]
+            for key in ("perplexity", "kl")
+        }
+        axis.plot([*cells], mean["perplexity"], "o-", color=COLORS["student"])
         axis.set_xlabel(name)
         right = axis.twinx()
-        right.plot([*by_value], [metrics["kl"] for metrics in by_value.values()], "s--", color=COLORS["teacher"])
+        right.plot([*cells], mean["kl"], "s--", color=COLORS["teacher"])
         right.grid(False)
     right.set_ylabel("KL to the teacher (dashed), nats/token")
     return figure

@@ -37,21 +37,26 @@ def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in all_rows)
 
 
-def students(results: Results, rows: Mapping[str, str], first: str = " ", seeds: int = 1) -> str:
-    """Return a table of held-out metrics of students, with a row for each title and its cell, over the first seeds."""
+def common_seeds(results: Results, cells: Iterable[str]) -> list[int]:
+    """Return the seeds with which all cells were run."""
+    return sorted(set.intersection(*({seed for name, seed in results if name == cell} for cell in cells)))
+
+
+def students(results: Results, rows: Mapping[str, str], first: str = " ") -> str:
+    """Return a table of held-out metrics of students, with the seeds that all its rows have.
+
+    rows: cell of each title
+    """
+    seeds = common_seeds(results, (cell for cell in rows.values() if cell != "before"))
 
     def row(title: str, cell: str) -> list[str]:
-        by_seed = of(results, cell)[:seeds]
+        metrics = [results[cell, seed]["metrics"] for seed in ((0,) if cell == "before" else seeds)]
         parts = (("perplexity", 2), ("kl", 4), ("agreement", 3))
-        spreads = [spread([metrics[key] for metrics in by_seed], digits) for key, digits in parts]
-        return [
-            title,
-            *spreads,
-            spread([closed(results, metrics["perplexity"]) for metrics in by_seed], 1, percent=True),
-        ]
+        spreads = [spread([each[key] for each in metrics], digits) for key, digits in parts]
+        return [title, *spreads, spread([closed(results, each["perplexity"]) for each in metrics], 1, percent=True)]
 
     head = (first, "perplexity", "KL to teacher", "agreement", "gap closed")
-    return lines(head, [row(title, cell) for title, cell in rows.items() if of(results, cell)])
+    return lines(head, [row(title, cell) for title, cell in rows.items()])
 
 
 def tokens_a_step(run: Mapping[str, Any]) -> float:
@@ -77,14 +82,14 @@ def labels(results: Results) -> str:
         "soft labels only (T = 1, alpha = 1)": "pure",
     }
     teacher = results["before", 0]["metrics"]["teacher_perplexity"]
-    return students(results, rows, seeds=3) + f"\n| teacher, 30 blocks | {teacher:.2f} | 0 | 1 | 100 % |"
+    return students(results, rows) + f"\n| teacher, 30 blocks | {teacher:.2f} | 0 | 1 | 100 % |"
 
 
 def shapes(results: Results) -> str:
     """Return the table of students of equal size by shape, with the teacher and with hard labels only."""
     rows = {title: distilled for title, (distilled, _) in SHAPES.items()}
     rows |= {f"{title}; hard labels only": hard for title, (_, hard) in SHAPES.items()}
-    return students(results, rows, "81 million parameters", seeds=3)
+    return students(results, rows, "81 million parameters")
 
 
 def rates(results: Results) -> str:
@@ -215,11 +220,16 @@ def caches(results: Results) -> str:
 
 
 def mixture(results: Results) -> str:
-    """Return the table of perplexity on each kind of text, by the text that was trained on."""
+    """Return the table of perplexity on each kind of text, by the text that students were trained on."""
     titles = {"documentation only": "technical", "0.7 and 0.3": "mixed", "addresses only": "general"}
-    kinds = ("technical", "general")
-    runs = {title: of(results, cell)[0] for title, cell in titles.items() if of(results, cell)}
-    rows = [(title, *(f"{run[f'{kind}_perplexity']:.2f}" for kind in kinds)) for title, run in runs.items()]
+    seeds, kinds = common_seeds(results, titles.values()), ("technical", "general")
+    rows = [
+        (
+            title,
+            *(spread([results[cell, seed]["metrics"][f"{kind}_perplexity"] for seed in seeds], 2) for kind in kinds),
+        )
+        for title, cell in titles.items()
+    ]
     return lines(("trained on", "documentation", "addresses"), rows)
 
 
