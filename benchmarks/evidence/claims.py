@@ -134,7 +134,8 @@ def lowest(results: Results, name: str, cells: Mapping[Any, str], claimed: float
         by_value = {value: [results[cell, seed]["metrics"][key] for seed in seeds] for value, cell in cells.items()}
         best = min(by_value, key=lambda value: mean(by_value[value]))
         best_of_seed = [min(by_value, key=lambda value: by_value[value][i]) for i in range(len(seeds))]
-        texts.append(f"lowest {metric} at {name} = {best} ({best_of_seed.count(best)} of {len(seeds)} seeds)")
+        count = f" ({best_of_seed.count(best)} of {len(seeds)} seeds)" if len(seeds) > 1 else ""
+        texts.append(f"lowest {metric} at {name} = {best}{count}")
         wins = best_of_seed.count(claimed)
         verdicts[metric] = HOLDS if wins == len(seeds) else EVEN if wins or best == claimed else "does not hold"
     text, (perplexity, kl) = ", ".join(texts), verdicts.values()
