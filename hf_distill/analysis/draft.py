@@ -16,6 +16,7 @@ from ..core import run_files
 from ..core.defaults import DRAFT_NEW_TOKENS, DRAFT_PROMPTS, DRAFTED_TOKENS, HELD_OUT_TOKENS, PROMPT_TOKENS
 from ..core.io import write_json
 from ..errors import DistillError
+from ..recipe.schema import Recipe
 from ..runner.run_results import Run
 from .model_pair import ModelPair
 from .run_models import RunModels, prompt_length
@@ -155,13 +156,9 @@ def measure_drafts_of(
     Raises:
         DistillError: see `ModelPair.of_run`, `measure_drafts`.
     """
+    _check_recipe(run.recipe)
     models = RunModels.of_run(run, on_stage)
     pair = models.pair
-    if pair.cross_tokenizer_teacher is not None:
-        raise DistillError(
-            "The teacher of this run has another tokenizer than the student (distill.cross_tokenizer). A draft model "
-            "proposes ids of the teacher's vocabulary, so it must have the teacher's tokenizer."
-        )
     stride = max(1, len(pair.rows) // max(prompts, 1))
     rows = [pair.rows[i * stride] for i in range(min(prompts, len(pair.rows)))]
     texts = [models.prompt_ids("teacher", row, prompt_length(row, PROMPT_TOKENS)) for row in rows]
@@ -174,6 +171,20 @@ def measure_drafts_of(
     result = measure_drafts(pair, drafts, texts, new_tokens=new_tokens, drafted_tokens=drafted_tokens)
     write_json(run.folder / run_files.DRAFT, asdict(result))
     return result
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Check that the student of a recipe has the ids of its teacher, before a model is loaded."""
+    if recipe.is_cross_tokenizer:
+        raise DistillError(
+            "The teacher of this run has another tokenizer than the student (distill.cross_tokenizer). A draft model "
+            "proposes ids of the teacher's vocabulary, so it must have the teacher's tokenizer."
+        )
+    if recipe.student.from_teacher is not None and recipe.student.from_teacher.vocab is not None:
+        raise DistillError(
+            "The student of this run has a trimmed vocabulary (student.from_teacher.vocab), and a draft model proposes "
+            "ids of the teacher's full vocabulary. Train a student without student.from_teacher.vocab."
+        )
 
 
 def _check_vocabulary(teacher: PreTrainedModel, draft: PreTrainedModel, name: str) -> None:

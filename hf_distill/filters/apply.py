@@ -11,6 +11,10 @@ from .rows import Row, prompt_key
 EXAMPLES = 3  # removed rows of each filter whose positions are kept for the report
 
 
+# Columns of rows that were set aside: the filter or selection, and the exception that it raised.
+SET_ASIDE_COLUMNS = ("set_aside_by", "set_aside_error")
+
+
 @dataclass(frozen=True)
 class SetAside:
     """A row that a filter could not judge, because it raised an exception."""
@@ -85,11 +89,11 @@ class Filtered:
                 yield {**row, **{name: values[i] for name, values in self.added.items()}}
 
     def set_aside_rows(self, rows: Iterable[Row]) -> Iterator[dict[str, object]]:
-        """Yield the rows that were set aside, with the columns `filter` and `error`; see `kept_rows`."""
+        """Yield the rows that were set aside, with the columns of `SET_ASIDE_COLUMNS`; see `kept_rows`."""
         items = {item.position: item for item in self.set_aside}
         for position, row in enumerate(rows):
             if item := items.get(position):
-                yield {**row, "filter": item.filter, "error": item.error}
+                yield {**row, **dict(zip(SET_ASIDE_COLUMNS, (item.filter, item.error), strict=True))}
 
 
 def check_filters(filters: Sequence[RowFilter], select: Selection | None, columns: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.escape import code_block, code_span, markdown, yaml_text
+from ..core.extras import install_command
 from ..core.held_out_metrics import shown_metrics
 from ..core.references import is_id
 from .data import CardData, StudentFacts
@@ -47,6 +48,7 @@ def build_card(facts: CardData, figures: Sequence[Figure] = ()) -> ModelCard:
         training=training_lines(facts),
         recipe=code_block(yaml_text(facts.recipe), "yaml") if facts.recipe else None,
         origin=code_span(facts.origin) if facts.origin else None,
+        install=code_span(install_command(facts.recipe)) if facts.recipe else None,
         license_lines=license_lines(facts),
     )
 

@@ -114,8 +114,9 @@ def prepare_data(
             rows = _first(_rows(held_out_documents, recipe, name, tokenizers, of_data=True), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
         train[name] = _rows(documents, recipe, name, tokenizers, of_data)
-        if logs_targets and TEXT not in (documents.column_names or ()):
-            _log_targets(train[name], f"data.{name}")
+        is_other = not of_data or data.sources[name].generate  # than those that were logged for the student
+        if logs_targets and is_other and TEXT not in (documents.column_names or ()):
+            _log_targets(train[name], f"data.{name}{', completions of the data' if of_data else ''}")
     if data.eval.path:
         examples = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         examples = _with_prompts(examples, recipe, "data.eval")

@@ -16,6 +16,7 @@ from ..core.references import public_name, reference_kind
 from ..data.load import load_columns
 from ..errors import DistillError
 from ..filters import StepCount, apply_filters, check_filters
+from ..filters.apply import SET_ASIDE_COLUMNS
 from ..generation.backends.api import Backend
 from ..generation.card import CardFacts, render_card
 from ..generation.completion import Completion, Part, Prompt, make_parts
@@ -107,8 +108,9 @@ def generate_data(
 
 
 def _warn_of_replaced_columns(options: Generation, sources: Sequence[SourceRow]) -> None:
-    """Warn of columns of the sources whose names the data set uses for other values."""
-    if names := replaced_columns(sources, options.reasoning, options.added_columns):
+    """Warn of columns of the sources whose names the data set, or its rows that are set aside, use for other values."""
+    added = [*options.added_columns, *(SET_ASIDE_COLUMNS if options.filters or options.select else ())]
+    if names := replaced_columns(sources, options.reasoning, added):
         why = "; its reference is the completion of the source" if REFERENCE in names else ""
         logger.warning(
             f"The sources have the columns {', '.join(names)}, and the data set has other values under these names, "

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..core.io import environment, held_out_metrics
 from ..core.json_types import JSON
-from ..core.references import public_name
+from ..core.references import is_published_path, public_name
 from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, SourceFacts, StudentFacts, TeacherFacts, unmeasured
@@ -125,7 +125,7 @@ def license_decision(teachers: dict[str, TeacherFacts], student: str, repo: str)
 def _known_license(name: str | None) -> License:
     """Return the license of a model, or an unknown one: a push does not fail if the Hub does not answer."""
     try:
-        return get_license(name) if name and not name.endswith("(a local folder)") else License(None)
+        return get_license(name) if name and not is_published_path(name) else License(None)
     except DistillError:
         return License(None)
 

@@ -11,8 +11,11 @@ from typer.testing import CliRunner
 
 from hf_distill import DistillError
 from hf_distill.analysis import ModelPair, measure_drafts
+from hf_distill.analysis.draft import measure_drafts_of
 from hf_distill.cli import app
+from hf_distill.recipe.load import validate
 from hf_distill.report.html import report
+from hf_distill.runner.run_results import Run
 
 PROMPTS = [[5, 9, 3, 17, 2], [8, 1, 30], [4, 4, 12, 7]]
 ROWS = [[5, 9, 3, 17, 2, 40, 11], [8, 1, 30, 6, 22, 2, 19]]
@@ -109,6 +112,25 @@ def test_a_draft_model_with_another_vocabulary_is_refused(teacher):
     draft = build("llama", 1, vocab=teacher.config.vocab_size - 3)
     with pytest.raises(DistillError, match="trimmed vocabulary"):
         measure_drafts(pair_of(teacher), {"student": lambda: draft}, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"from_teacher": {"layers": [0], "vocab": {"keep": 100}}}}, "student.from_teacher.vocab"),
+        ({"distill": {"cross_tokenizer": {}}}, "distill.cross_tokenizer"),
+    ],
+)
+def test_a_student_with_other_ids_is_refused_before_a_model_is_loaded(changes, message, tmp_path, monkeypatch):
+    values = {
+        "student": {"model": "smoke:llama/student"},
+        "teacher": {"model": "smoke:llama/teacher"},
+        "data": {"task": {"path": "smoke:texts"}, "eval": {"holdout": 0.2}},
+        "train": {"output_dir": str(tmp_path), "max_steps": 1},
+    }
+    monkeypatch.setattr("hf_distill.analysis.draft.RunModels.of_run", None)  # it must not load
+    with pytest.raises(DistillError, match=message):
+        measure_drafts_of(Run(tmp_path, validate({**values, **changes})))
 
 
 def test_command_measures_all_students_of_a_run(run):

@@ -2,7 +2,15 @@
 
 import pytest
 
-from hf_distill.core.references import DATASET_BUILDERS, distribution_of, is_id, module_of, public_name, reference_kind
+from hf_distill.core.references import (
+    DATASET_BUILDERS,
+    distribution_of,
+    is_id,
+    is_published_path,
+    module_of,
+    public_name,
+    reference_kind,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +49,11 @@ def test_an_existing_folder_is_no_id(tmp_path, monkeypatch):
 
 def test_the_public_name_of_a_path_is_the_last_component():
     assert public_name("/home/me/secret/model") == "model (a local folder)"
+    assert public_name("/home/me/secret/rows.jsonl") == "rows.jsonl (a local file)"
+    assert public_name("/home/me/secret/model-Q4.gguf") == "model-Q4.gguf (a local file)"
+    assert public_name(__file__) == "test_references.py (a local file)"
+    assert all(is_published_path(str(public_name(name))) for name in ("/home/me/model", "/home/me/rows.csv"))
+    assert not is_published_path("org/model")
     assert public_name("org/name") == "org/name"
     assert public_name(None) is None
 

@@ -69,6 +69,11 @@ def test_the_card_says_how_the_control_was_trained(control, title):
     assert f"| {title} | 9.50 |" in text
 
 
+def test_the_installation_has_the_extras_of_the_recipe():
+    text = build_card(replace(FACTS, recipe={"student": {"quantize": {"scheme": "int4"}}})).text
+    assert 'run `pip install "hf-distill[torchao]"`, then `hf-distill run recipe.yaml`' in text
+
+
 def test_the_text_follows_from_the_data():
     text = build_card(FACTS).text
     assert "A model with 1.5M parameters, initialized from [org/base]" in text

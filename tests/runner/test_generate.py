@@ -199,10 +199,10 @@ def test_the_card_states_model_settings_and_counts(recipe_of, tmp_path):
 
 
 def test_columns_whose_names_the_data_set_uses_are_named(recipe_of, tmp_path, caplog):
-    """A source may have columns `reference` and `score` of its own."""
-    rows = [{**row, "reference": "mine", "score": 1, "level": i} for i, row in enumerate(TEXTS)]
+    """A source may have columns `reference`, `score` and `set_aside_by` of its own."""
+    rows = [{**row, "reference": "mine", "score": 1, "set_aside_by": "", "level": i} for i, row in enumerate(TEXTS)]
     data = generate_data(recipe_of(rows, samples=2, select="best_of_n"), str(tmp_path / "out"))
-    assert "The sources have the columns reference, score, and the data set has other values" in caplog.text
+    assert "The sources have the columns reference, score, set_aside_by, and the data set has other" in caplog.text
     assert [row["reference"] for row in rows_of(data.folder)] == [row["completion"] for row in TEXTS]
     card = (data.folder / "README.md").read_text()
     assert "| score | score by which the completion was selected |" in card
@@ -281,28 +281,31 @@ def test_a_folder_with_other_files_is_refused_before_the_teacher_is_loaded(recip
 
 def test_other_filters_need_no_new_generation(recipe_of, tmp_path, monkeypatch):
     """The filter `function` raises for one row, which is set aside; `best_of_n` keeps one sample of each prompt."""
+    texts = [{**row, "filter": "mine", "error": "none"} for row in TEXTS]
     (tmp_path / "judge_of_test.py").write_text("def judge(row):\n    return 1 / row['row'] > 0.3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    generate_data(recipe_of(TEXTS, samples=2), str(tmp_path / "out"))
+    generate_data(recipe_of(texts, samples=2), str(tmp_path / "out"))
     everything = rows_of(tmp_path / "out")
     monkeypatch.setattr(local.TransformersBackend, "_padded", None)  # it must not generate
     steps = {"filters": [{"name": "function", "function": "judge_of_test:judge"}], "select": "best_of_n"}
     stages = []
-    data = generate_data(recipe_of(TEXTS, samples=2, **steps), str(tmp_path / "out"), True, stages.append)
+    data = generate_data(recipe_of(texts, samples=2, **steps), str(tmp_path / "out"), True, stages.append)
     rows = rows_of(tmp_path / "out")
     best = [max((row for row in everything if row["row"] == i), key=lambda row: row["logprob"]) for i in (1, 2, 3)]
     assert [(row["row"], row["sample"]) for row in rows] == [(row["row"], row["sample"]) for row in best]
     assert (data.completions, data.rows) == (10, 3)
     aside = pq.read_table(tmp_path / "out" / "set_aside.parquet").to_pylist()
     assert [(row["row"], row["sample"]) for row in aside] == [(0, 0), (0, 1)]
-    assert "ZeroDivisionError" in aside[0]["error"]
+    assert (aside[0]["filter"], aside[0]["error"]) == ("mine", "none")
+    assert aside[0]["set_aside_by"] == "function judge_of_test:judge"
+    assert "ZeroDivisionError" in aside[0]["set_aside_error"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert [line.split(" | ")[-4:] for line in card.splitlines() if line.startswith(("| function", "| best_of"))] == [
         ["10", "2", "2", "6 |"],
         ["6", "3", "0", "3 |"],
     ]
     assert any("removed 2 of 10, and 2 raised an exception (the first: ZeroDivisionError" in stage for stage in stages)
-    generate_data(recipe_of(TEXTS, samples=2), str(tmp_path / "out"), True)
+    generate_data(recipe_of(texts, samples=2), str(tmp_path / "out"), True)
     assert rows_of(tmp_path / "out") == everything
     assert not (tmp_path / "out" / "set_aside.parquet").exists()
 

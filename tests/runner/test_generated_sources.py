@@ -88,6 +88,17 @@ def test_the_student_trains_on_the_teacher_s_completions_and_the_control_on_thos
     assert control.held_out["input_ids"] == prepared.held_out["input_ids"]
 
 
+def test_the_data_is_logged_once_for_each_training(recipe_of, caplog):
+    recipe = recipe_of("generate.max_prompts=6", control="sft_on_data")
+    generate_sources(recipe)
+    caplog.clear()
+    tokenizer = task_of(recipe).load_processor()
+    for of_data in (False, True):
+        prepare_data(recipe, tokenizer, 42, 1, of_data=of_data)
+    lines = [line.split(":")[0] for line in caplog.messages if "are target tokens" in line]
+    assert lines == ["data.task", "data.task, completions of the data"]
+
+
 def test_on_policy_prompts_are_those_of_the_generated_rows(recipe_of):
     recipe = recipe_of(
         "train.use_cpu=true", on_policy={"fraction": 0.5, "max_completion_length": 4}, distill={"alpha": 1.0}
