@@ -1,7 +1,6 @@
 """The metrics of held-out rows that tables show: which ones, under which titles, and their values for the teacher."""
 
 from collections.abc import Iterable, Mapping
-from math import isclose
 from typing import NamedTuple
 
 from .results import Metrics
@@ -47,7 +46,7 @@ HELD_OUT_METRICS = (
     HeldOutMetric("chunk_kl", "KL to the teacher, nats/chunk", 4),
     HeldOutMetric("chunk_agreement", "top-1 agreement of chunks", 3, is_share=True),
 )
-_SAME_PERPLEXITY = 1e-4  # relative difference between two evaluations of a teacher over the same tokens
+VOCABULARY = "vocabulary"  # number of a student's vocabulary, in the metrics of a chain whose students have several
 _OF_TEACHER = {
     "teacher_mse": 0.0,
     "embedding_cosine": 1.0,
@@ -103,21 +102,16 @@ def rows_with_teacher(
     """
     shown = list(shown)
     evaluated = [(title, models[name]) for name, title in titles.items() if has_any(models.get(name, {}), shown)]
-    teachers = [metrics_of_teacher(metrics) for _, metrics in evaluated]
-    is_chain = any(name.startswith("stage-") for name in models)
-    first = [i for i in range(len(teachers)) if i == 0 or not _same_tokens(teachers[i - 1], teachers[i])]
-    if not is_chain or len(first) < 2:
+    vocabularies = [metrics.get(VOCABULARY) for _, metrics in evaluated]
+    if len({*vocabularies}) < 2:
         teacher = metrics_of_teacher(models.get("student", {}))
         return [("teacher", teacher), *evaluated] if teacher else evaluated
     rows = list[tuple[str, Metrics]]()
     for i, row in enumerate(evaluated):
-        rows += [("teacher, over the tokens of the rows below", teachers[i]), row] if i in first else [row]
+        if i == 0 or vocabularies[i - 1] != vocabularies[i]:
+            rows.append(("teacher, over the tokens of the rows below", metrics_of_teacher(row[1])))
+        rows.append(row)
     return rows
-
-
-def _same_tokens(one: Metrics, other: Metrics) -> bool:
-    """Whether two evaluations of a teacher that does not change are over the same tokens."""
-    return isclose(one.get("perplexity", 0.0), other.get("perplexity", 0.0), rel_tol=_SAME_PERPLEXITY)
 
 
 def formatted(metrics: Mapping[str, float], shown: Iterable[HeldOutMetric], percent: bool = False) -> list[str]:

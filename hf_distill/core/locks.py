@@ -1,7 +1,10 @@
 """Lock files: one process at a time writes to a folder. The system releases a lock when its process ends."""
 
 import os
+import shutil
 import socket
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -13,6 +16,7 @@ from transformers.utils import logging
 from ..errors import DistillError
 
 LOCK_FILE = ".lock"
+_SECONDS_TO_LOCK = 60  # after the creation of a lock file, in which its process has locked it
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +53,37 @@ def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yield a temporary folder, which is removed at the end.
+
+    A process that is killed leaves its folder. The next call with the same prefix removes it: the system has released
+    the lock of a folder whose process has ended.
+
+    Args:
+        prefix: the beginning of the folder's name.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(NotImplementedError, OSError, Timeout):  # of another user, without locks, or in use
+            _remove_if_unused(folder)
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        lock = FileLock(Path(name) / LOCK_FILE)
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire()
+        try:
+            yield Path(name)
+        finally:
+            lock.release()
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Remove a temporary folder whose lock is free."""
+    file = folder / LOCK_FILE
+    if time.time() - file.stat().st_mtime > _SECONDS_TO_LOCK:
+        with FileLock(file).acquire(timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_unlocked(folder: Path) -> None:

@@ -1,10 +1,11 @@
 """Checks that the local files, folders and packages that a recipe names exist. Imports no torch."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..core.json_types import JSON, JSONObject
 from ..core.references import (
@@ -20,6 +21,9 @@ from ..core.references import (
 )
 from ..errors import DistillError, did_you_mean
 from .filters import evaluation_data
+
+if TYPE_CHECKING:
+    from .schema import Recipe
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
@@ -40,6 +44,24 @@ def missing_files(values: JSON) -> list[str]:
     for location, name, content in _referenced_names(values):
         if (name := os.path.expanduser(name)) and (why := _problem(name, content)):
             lines.append(f"{location}: {why}")
+    return lines
+
+
+def missing_caches(recipe: "Recipe", command: str) -> list[str]:
+    """List the teacher caches that a recipe reads and that are not written yet, one in each line.
+
+    Args:
+        recipe: The recipe.
+        command: The words of a command that name the recipe and its overrides.
+    """
+    lines = []
+    for spec in recipe.all_teachers:
+        path = spec.path if spec.kind == "cached" else None
+        if path is None or reference_kind(path) != "path" or path_exists(f"{os.path.expanduser(path)}/manifest.json"):
+            continue
+        write = f"write it with `hf-distill cache write {command} -o {shlex.quote(path)}` before the run."
+        first = "" if spec.source else "set the key source of this teacher to the teacher that it holds, and "
+        lines.append(f"There is no teacher cache in {path} yet: {first}{write}")
     return lines
 
 

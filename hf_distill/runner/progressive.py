@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 
 from ..core import run_files
 from ..core.files import atomic_path, write_atomic
+from ..core.held_out_metrics import VOCABULARY
 from ..core.io import count_logs, held_out_metrics, read_logs, read_results, write_json
 from ..core.processes import run_on_main
 from ..core.results import Metrics, ModelFacts, Results, StageFacts
@@ -86,10 +87,13 @@ def _describe(recipe: Recipe) -> str:
 
 
 def _compare_students(recipe: Recipe, students: dict[str, Path], on_stage: Callable[[str], None]) -> dict[str, Metrics]:
-    """Evaluate every student against the first teacher; the last is called "student", the direct one "control"."""
+    """Evaluate every student against the first teacher; the last is called "student", the direct one "control".
+
+    If the students have different tokens, `vocabulary` numbers the vocabulary of each.
+    """
     on_stage("Comparing all students with the first teacher")
     metrics, last = dict[str, Metrics](), f"stage-{len(recipe.stages)}"
-    for one, folders in _by_vocabulary(recipe, students):
+    for number, (one, folders) in enumerate(_by_vocabulary(recipe, students)):
         teacher, data, tokenizer, args = load_teacher_and_data(one, static_teacher_spec(one), on_stage)
         args.report_to, args.deepspeed_plugin, args.remove_unused_columns = [], None, False
         bits = None if one is recipe else bits_per_byte(data.held_out, tokenizer)
@@ -106,7 +110,8 @@ def _compare_students(recipe: Recipe, students: dict[str, Path], on_stage: Calla
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
             after = with_bits_per_byte(held_out_metrics(trainer.evaluate()), bits)
-            metrics[{last: "student", "direct": "control"}.get(name, name)] = after
+            vocabulary = {} if one is recipe else {VOCABULARY: number}
+            metrics[{last: "student", "direct": "control"}.get(name, name)] = after | vocabulary
     return metrics
 
 

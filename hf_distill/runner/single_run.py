@@ -332,7 +332,7 @@ class RunContext:
         They are computed with the objective of the recipe, without the losses on features. If the teacher changed
         during the training of the student, they are those of the hard labels only.
         """
-        changes: dict[str, object] = {"alpha": 0.0, "losses": None, "by_origin": None}
+        changes: dict[str, object] = {"alpha": 0.0, "losses": None, "by_origin": None, "compile_teacher": False}
         if self.args.load_best_model_at_end:  # without a teacher there is no KL to select the best checkpoint by
             changes |= {"metric_for_best_model": "loss", "greater_is_better": False}
         trainer = self.trainer("control", changes=changes)

@@ -2,13 +2,12 @@
 
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import uvicorn
 
+from ..core.locks import temporary_folder
 from ..core.server_urls import is_loopback_host, is_token
 from ..errors import DistillError
 from .app import create_app
@@ -114,10 +113,10 @@ def serve(
         on_stop: called when it no longer does; accepted requests are finished afterwards.
     """
     metrics = Metrics()
-    with tempfile.TemporaryDirectory(prefix="hf-distill-serve-") as folder:
+    with temporary_folder("hf-distill-serve-") as folder:
         app = create_app(
             teacher,
-            head_file=Path(folder) / "head.safetensors",
+            head_file=folder / "head.safetensors",
             token=token,
             max_queued_tokens=max_queued_tokens,
             metrics=metrics,

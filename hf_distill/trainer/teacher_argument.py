@@ -46,13 +46,19 @@ def choose_teacher(
         has_weights: whether the training rows have weights, so that the labels alone need the loss of this package.
 
     Raises:
-        DistillError: both are set, there are losses but no teacher, or the teacher cannot be built.
+        DistillError: both are set, losses or options of a teacher are set without one, or the teacher cannot
+            be built.
     """
     if teacher is not None and teachers is not None:
         raise DistillError("Both `teacher` and `teachers` are set. Pass all teachers in `teachers`, by name.")
     teacher = teacher if teachers is None else teachers
     if teacher is None and distill_args.losses:
         raise DistillError("`losses` are set but there is no teacher. Pass `teacher=` to the trainer.")
+    if teacher is None and (unused := _options_of_teacher(distill_args)):
+        raise DistillError(
+            f"{', '.join(unused)} is set but there is no teacher. Pass `teacher=` to the trainer, or remove "
+            f"{'it' if len(unused) == 1 else 'them'}."
+        )
     members = teacher.values() if isinstance(teacher, Mapping) else [teacher]
     has_teacher_losses = any(isinstance(member, Teacher) and not member.provides_soft_labels for member in members)
     if not (distill_args.uses_soft_labels or distill_args.losses or has_teacher_losses):
@@ -64,6 +70,12 @@ def choose_teacher(
         return NullTeacher() if has_weights else None
     built = build_teacher(teacher, distill_args)
     return built if distill_args.cross_tokenizer is None else with_other_tokenizer(built)
+
+
+def _options_of_teacher(distill_args: DistillArguments) -> list[str]:
+    """Return the arguments that are set and concern a teacher alone."""
+    names = ("teacher_init_kwargs", "teacher_deepspeed", "teacher_fsdp", "compile_teacher")
+    return [name for name in names if getattr(distill_args, name)]
 
 
 def with_other_tokenizer(teacher: Teacher, name: str | None = None) -> Teacher:

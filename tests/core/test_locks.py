@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
-from hf_distill.core.locks import LOCK_FILE, check_unlocked, lock_folder
+from hf_distill.core.locks import LOCK_FILE, check_unlocked, lock_folder, temporary_folder
 from hf_distill.errors import DistillError
 
 HOLD = """
@@ -36,6 +37,23 @@ def test_a_second_process_is_refused_and_a_killed_process_releases_the_lock_alth
     finally:
         holder.kill()
         os.kill(worker, signal.SIGKILL)
+
+
+def test_the_temporary_folder_of_a_killed_process_is_removed_and_no_other_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("served-killed", "served-starting", "other-killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LOCK_FILE).touch()
+        (tmp_path / name / "head.safetensors").touch()
+    (tmp_path / "served-of-a-user").mkdir()
+    with temporary_folder("served-") as running:
+        for folder in (running, tmp_path / "served-killed", tmp_path / "other-killed"):
+            os.utime(folder / LOCK_FILE, (0, 0))
+        with temporary_folder("served-"):
+            kept = {"served-starting", "served-of-a-user", "other-killed", running.name}
+            assert kept < {path.name for path in tmp_path.iterdir()}
+            assert not (tmp_path / "served-killed").exists()
+    assert not running.exists()
 
 
 def test_the_lock_is_released_after_an_error_and_cannot_be_acquired_twice(tmp_path):

@@ -329,6 +329,18 @@ def test_an_invalid_value_causes_no_further_problem():
     assert printed.startswith("Error: 1 problem in the recipe:\n  train.max_steps: ")
 
 
+def test_validate_says_how_to_write_a_cache_that_does_not_exist(tmp_path):
+    cache, source = tmp_path / "cache", "{kind: frozen, model: smoke:llama/teacher}"
+    teacher = f"teacher={{kind: cached, path: {cache}, source: {source}}}"
+    code, printed = answer("recipes", "validate", "quickstart", teacher)
+    assert code == 0, printed
+    assert f"no teacher cache in {cache} yet: write it with `hf-distill cache write quickstart 'teacher={{" in printed
+    assert f" -o {cache}`" in printed
+    cache.mkdir()
+    (cache / "manifest.json").touch()
+    assert "no teacher cache" not in answer("recipes", "validate", "quickstart", teacher)[1]
+
+
 def test_validate_accepts_several_recipes_and_other_commands_refuse_them(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: quickstart\ncontrol: sftt\n")
     code, printed = answer("recipes", "validate", "quickstart", str(tmp_path / "a.yaml"), "ema", "train.seed=3")

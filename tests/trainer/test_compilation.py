@@ -230,6 +230,7 @@ def test_losses_on_features_refuse_compilation(make_trainer, options, message):
     [
         ({"torch_compile_mode": "fastest"}, r"torch_compile_mode='fastest' fails on cpu \(.*set torch_compile=False"),
         ({"compile_teacher": True}, "compile_teacher=True needs torch_compile=True"),
+        ({**EAGER, "compile_teacher": True, "teacher": None}, "compile_teacher is set but there is no teacher"),
         ({**EAGER, "compile_teacher": True, "teacher": EMATeacher()}, "frozen models, and EMATeacher has none"),
     ],
 )

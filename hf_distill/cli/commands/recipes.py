@@ -1,6 +1,7 @@
 """The commands recipes list, show, pull, validate, preview and schema."""
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def validate(
 ) -> None:
     """Check recipes, and that the files, folders and packages that they name exist; loads no model."""
     from ...recipe.load import load_recipe
-    from ...recipe.local_files import missing_files
+    from ...recipe.local_files import missing_caches, missing_files
     from ...recipe.plain_yaml import short_text
     from ...recipe.problems import raise_problems
     from ...recipe.resolve import list_recipes
@@ -101,6 +102,8 @@ def validate(
             errors.append(f"{short_text(name)}: {error}" if len(names) != 1 else str(error))
         else:
             out.print(f"{name} is a valid recipe.")
+            for line in missing_caches(loaded, shlex.join([name, *overrides])) if names else []:
+                out.print(line, soft_wrap=True, highlight=False, markup=False)
     if errors:
         raise DistillError("\n".join(errors))
 
