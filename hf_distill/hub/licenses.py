@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import metadata as package_metadata
 from pathlib import Path
 
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..core.references import distribution_of, reference_kind
@@ -47,6 +47,8 @@ _PERMISSIVE = re.compile(
     r"postgresql|ncsa|cdla-permissive-.*|odc-by|pddl|bsl-1\.0"
 )
 _BASE = "the student's base model"
+_CARD = "README.md"
+_CARD_TIMEOUT_SECONDS = 5.0
 _NO_DERIVATIVES = re.compile(r"cc-by(-nc)?-nd.*")
 
 
@@ -107,12 +109,13 @@ def decide_license(
     return LicenseDecision(requested or inherited, notes, conflicts)
 
 
-def get_license(model: str, revision: str | None = None) -> License:
+def get_license(model: str, revision: str | None = None, retries: bool = True) -> License:
     """Return the license of a model: from its card on the Hub or in its folder, or from the package that contains it.
 
     Args:
         model: a model reference, see `references.reference_kind`.
         revision: the revision of a model on the Hub.
+        retries: whether a request to the Hub that fails is repeated, with pauses that grow.
 
     Raises:
         DistillError: see `translate_hub_errors`.
@@ -123,11 +126,14 @@ def get_license(model: str, revision: str | None = None) -> License:
         case "package":
             return License(_package_license(model))
         case "path":
-            readme = Path(model) / "README.md"
+            readme = Path(model) / _CARD
             return _card_file_license(model, readme) if readme.is_file() else License(None)
     with translate_hub_errors(model, "model", revision):
         try:
-            readme = Path(hf_hub_download(model, "README.md", revision=revision))
+            if not retries and not isinstance(try_to_load_from_cache(model, _CARD, revision=revision), str):
+                # A download of a file that is not in the cache repeats the request; this asks once.
+                get_hf_file_metadata(hf_hub_url(model, _CARD, revision=revision), timeout=_CARD_TIMEOUT_SECONDS)
+            readme = Path(hf_hub_download(model, _CARD, revision=revision))
         except RemoteEntryNotFoundError:
             return License(None)
     return _card_file_license(model, readme)

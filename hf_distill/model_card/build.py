@@ -11,7 +11,7 @@ from ..core.escape import code_block, code_span, markdown, yaml_text
 from ..core.extras import install_command
 from ..core.held_out_metrics import shown_metrics
 from ..core.references import is_id
-from .data import CardData, StudentFacts
+from .data import CardData, StudentFacts, is_server_name
 from .snippet import snippet_of
 from .tables import held_out_table, retention_table
 from .text import license_lines, summary_of, training_lines
@@ -66,11 +66,17 @@ def _metadata(facts: CardData) -> ModelCardData:
         license=facts.license.id,
         base_model=base_models or None,
         base_model_relation=("adapter" if facts.student.get("adapters") else "finetune") if base_models else None,
-        teacher_model=[model for t in facts.teachers.values() if (model := t.get("model")) and is_id(model)] or None,
+        teacher_model=_teacher_models(facts) or None,
         datasets=list(dict.fromkeys(names)) or None,
         tags=[*TAGS],
         widget=[{"messages" if not isinstance(facts.prompt, str) else "text": facts.prompt}] if facts.prompt else None,
     )
+
+
+def _teacher_models(facts: CardData) -> list[str]:
+    """Return the ids of the teachers that are on the Hub."""
+    teachers = [teacher for teacher in facts.teachers.values() if not is_server_name(teacher)]
+    return [model for teacher in teachers if (model := teacher.get("model")) and is_id(model)]
 
 
 def _library(student: StudentFacts) -> str:

@@ -36,12 +36,19 @@ class TeacherFacts(ModelFacts, total=False):
     quantization: str
     api: str
     hosts: list[str]
+    served: bool  # whether the cache of a teacher was written from a server
     top_k: int
     dtype: str
     weights: str
     license: str | None
     link: str | None
     forbids: str | None
+
+
+def is_server_name(teacher: TeacherFacts) -> bool:
+    """Whether the name of a teacher's model was chosen by its server: any name that is no id org/name of the Hub."""
+    is_served = teacher.get("kind") == "remote" or teacher.get("served", False)
+    return is_served and "/" not in (teacher.get("model") or "")
 
 
 class ObjectiveFacts(TypedDict, total=False):

@@ -7,7 +7,16 @@ from ..core.held_out_metrics import CONTROL_TITLES, target_words
 from ..core.pruned_sizes import shape_text
 from ..core.references import is_id
 from ..losses import LOSSES
-from .data import CardData, DatasetFacts, ObjectiveFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts
+from .data import (
+    CardData,
+    DatasetFacts,
+    ObjectiveFacts,
+    SourceFacts,
+    StudentFacts,
+    TeacherFacts,
+    TrainingFacts,
+    is_server_name,
+)
 
 _DISTILLATION_PAPER = "1503.02531"
 _TEACHERS_WITHOUT_A_MODEL = {
@@ -176,6 +185,8 @@ def _model_link(name: str | None) -> str:
 
 
 def _teacher_link(teacher: TeacherFacts) -> str:
+    if (name := teacher.get("model")) and is_server_name(teacher):
+        return code_span(name)
     return _model_link(teacher.get("model") or _TEACHERS_WITHOUT_A_MODEL.get(teacher.get("kind", "")))
 
 

@@ -14,7 +14,7 @@ from ..errors import DistillError
 from ..generation.evaluation import GENERATED, KEPT
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, DatasetFacts, SourceFacts, StudentFacts, TeacherFacts, TrainingFacts, unmeasured
-from ..model_card.data import GenerationFacts
+from ..model_card.data import GenerationFacts, is_server_name
 from ..recipe.data import Eval, Source
 from ..recipe.downloads import random_models
 from ..recipe.models import Student, TeacherSpec
@@ -154,9 +154,10 @@ def teacher_cards(
         if source is recipe.primary_teacher:
             sizes = {key: size for key, size in results.get("teacher", {}).items() if key != "block_influence"}
             card |= cast(TeacherFacts, sizes)
+        if spec.kind == "cached" and source.kind == "remote":
+            card["served"] = True
         model = card["model"] if source.kind == "remote" else source.model
-        is_published = model and (source.kind != "remote" or "/" in model)  # a server may use any name
-        if model and is_published and (license := lookup(model, source.revision)):
+        if model and not is_server_name(card) and (license := lookup(model, source.revision)):
             card |= {"license": license.id, "link": license.link, "forbids": license.forbids}
         cards[name] = card
     return cards

@@ -144,7 +144,7 @@ def dry_run(
 
     def lookup(model: str, revision: str | None) -> License | None:
         try:
-            return get_license(model, revision)
+            return get_license(model, revision, retries=False)
         except DistillError as error:
             unknown[model] = str(error)
             return None

@@ -16,6 +16,7 @@ from ..core.references import is_published_path, public_name
 from ..errors import DistillError
 from ..hub.licenses import License, LicenseDecision, decide_license, get_license
 from ..model_card import CardData, SourceFacts, StudentFacts, TeacherFacts, unmeasured
+from ..model_card.data import is_server_name
 from ..models.model_types import model_type_of, unwrap_model, unwrap_parallel
 from ..teachers import CachedTeacher, RemoteTeacher, Teacher
 from ..teachers.group import teachers_by_name
@@ -96,13 +97,15 @@ def teacher_info(teacher: Teacher) -> dict[str, TeacherFacts]:
                 "model": public_name(one.manifest.teacher["model"]),
                 "revision": one.manifest.teacher.get("revision"),
             }
+            if "served" in one.manifest.teacher:
+                info["served"] = True
         elif isinstance(one, RemoteTeacher):
             summary = one.summary()
             info |= cast(TeacherFacts, summary | {"model": public_name(summary["model"])})
         elif one.model is not None:
             model = unwrap_model(one.model)
             info |= {"model": public_name(name_of(model)), "parameters": _num_parameters(model)}
-        license_ = _known_license(info.get("model"))
+        license_ = License(None) if is_server_name(info) else _known_license(info.get("model"))
         infos[name] = info | {"license": license_.id, "forbids": license_.forbids}
     return infos
 
@@ -125,7 +128,7 @@ def license_decision(teachers: dict[str, TeacherFacts], student: str, repo: str)
 def _known_license(name: str | None) -> License:
     """Return the license of a model, or an unknown one: a push does not fail if the Hub does not answer."""
     try:
-        return get_license(name) if name and not is_published_path(name) else License(None)
+        return get_license(name, retries=False) if name and not is_published_path(name) else License(None)
     except DistillError:
         return License(None)
 

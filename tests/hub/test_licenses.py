@@ -1,8 +1,14 @@
 """Licenses: training bans in cards are detected; which license a student inherits and what is a conflict."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+from hub_server import Fault
+
+from hf_distill.errors import DistillError
 from hf_distill.hub.licenses import License, decide_license, find_training_ban, get_license
+from hf_distill.teachers import RemoteTeacher
+from hf_distill.trainer import card_data
 
 FREE, BASE = License("apache-2.0"), License("mit")
 
@@ -71,3 +77,31 @@ def test_licenses_of_packages_and_folders(tmp_path):
     assert get_license(str(tmp_path)).id is None
     (tmp_path / "README.md").write_text("---\nlicense: [MIT]\n---\n")
     assert get_license(str(tmp_path)).id == "mit"
+
+
+def test_a_license_without_retries_asks_an_unreachable_hub_once(hub):
+    hub.put("models", "org/large", {"README.md": b"---\nlicense: mit\n---\n"})
+    hub.faults.append(Fault("README.md", cut=True, times=100))
+    with pytest.raises(DistillError, match="cannot be reached"):
+        get_license("org/large", retries=False)
+    assert len([path for _, path in hub.requests if path.endswith("README.md")]) == 1
+
+
+def test_a_license_without_retries_is_read_from_the_hub_and_then_from_the_cache(hub):
+    hub.put("models", "org/large", {"README.md": b"---\nlicense: mit\n---\n"})
+    assert get_license("org/large", retries=False).id == "mit"
+    hub.faults.append(Fault("README.md", status=503, times=100))
+    assert get_license("org/large", retries=False).id == "mit"
+
+
+def test_a_card_does_not_ask_the_hub_for_a_name_that_only_a_server_knows(monkeypatch):
+    requested = []
+    monkeypatch.setattr(card_data, "get_license", lambda name, retries: requested.append(name) or License("mit"))
+    teachers = {"alias": "teacher", "id": "org/large"}
+    for name, model in teachers.items():
+        remote = RemoteTeacher("http://127.0.0.1:1", top_k=8)
+        remote.servers = [SimpleNamespace(model=model)]
+        teachers[name] = remote
+    alias, known = (card_data.teacher_info(teacher)["teacher"] for teacher in teachers.values())
+    assert requested == ["org/large"]
+    assert (alias["license"], known["license"]) == (None, "mit")

@@ -214,6 +214,16 @@ def flatten(tokens):
         yield from flatten(token.children or ())
 
 
+@pytest.mark.parametrize("facts", [{"kind": "remote"}, {"kind": "cached", "served": True}], ids=["remote", "cached"])
+def test_a_name_that_only_a_server_knows_is_not_linked_to_the_hub(facts):
+    card = build_card(replace(FACTS, teachers={"teacher": {**facts, "model": "teacher-7b"}}))
+    assert "`teacher-7b`" in card.content
+    assert "huggingface.co/teacher-7b" not in card.content
+    assert "teacher_model" not in card.data.to_dict()
+    known = build_card(replace(FACTS, teachers={"teacher": {**facts, "model": "org/large"}}))
+    assert "https://huggingface.co/org/large" in known.content
+
+
 def test_a_card_contains_no_folder_of_this_machine(tmp_path):
     path = f"{tmp_path}/secret/rows.jsonl"
     facts = replace(
