@@ -98,6 +98,11 @@ def load_pretrained(kind: Any, reference: str, **options: object) -> Any:
         if not _POLICY.get().remote_code and "trust_remote_code" in str(error):
             why = "contains Python code. Read it, and if you trust it, add --trust-remote-code."
             raise DistillError(f"{reference} {why}") from error.__cause__
+        if kind is AutoTokenizer and _lacks_tokenizer(Path(path)):
+            raise DistillError(
+                f"The folder {reference} has no tokenizer, such as a tokenizer.json. Save the tokenizer of the model "
+                f"into it: AutoTokenizer.from_pretrained(ID).save_pretrained({reference!r})."
+            ) from error.__cause__
         hint = ""
         if not _POLICY.get().pickles and "safetensors" in str(error):
             hint = (
@@ -105,6 +110,12 @@ def load_pretrained(kind: Any, reference: str, **options: object) -> Any:
                 "--allow-pickles if you trust them."
             )
         raise DistillError(f"{error}{hint}") from error.__cause__
+
+
+def _lacks_tokenizer(folder: Path) -> bool:
+    """Whether a local folder has no file of a tokenizer."""
+    patterns = ("*token*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
+    return folder.is_dir() and not any(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def check_and_pin(path: str, revision: str | None = None, weights: bool = True) -> dict[str, object]:

@@ -48,8 +48,8 @@ def run_folder(recipe: Recipe, resume: bool) -> Iterator[Path]:
         resume: Whether to resume the run in the folder, if it holds one.
 
     Raises:
-        DistillError: The folder holds a run and `resume` is false, or it holds a run of another recipe, another process
-            writes to it, or it is not writable.
+        DistillError: The folder holds a model, it holds a run and `resume` is false, or it holds a run of another
+            recipe, another process writes to it, or it is not writable.
     """
     folder = Path(recipe.train.output_dir)
     with ExitStack() as stack:
@@ -84,6 +84,7 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
             "train.output_dir to another folder. A run never removes or replaces the files of another run."
         )
     if not existing:
+        _check_no_model(folder)
         return
     file = folder / run_files.RECIPE
     if file.is_file():
@@ -104,6 +105,16 @@ def _check(recipe: Recipe, folder: Path, resume: bool) -> None:
             f"which recipe wrote it, so it cannot be resumed. Restore the {run_files.RECIPE} of that run, or set "
             "another train.output_dir."
         )
+
+
+def _check_no_model(folder: Path) -> None:
+    """Refuse the folder of a model, such as the student that is trained: a run writes many files beside it."""
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            raise DistillError(
+                f"train.output_dir: {folder} is the folder of a model (it has a {name}), and a run writes its "
+                "checkpoints and results into a folder of its own. Set another folder."
+            )
 
 
 def _values_of(file: Path) -> dict:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..core.references import path_exists, reference_kind
+from ..core.references import is_file, path_exists, reference_kind
 from ..errors import DistillError, require_package
 from ..hub import reading
 from ..models.model_types import (
@@ -31,7 +31,7 @@ def as_path(model: Any) -> Any:
     """Return a path or id as a string, with `~` expanded, and a model unchanged.
 
     Raises:
-        DistillError: the value is neither a path, an id nor a module, or there is no folder at the path.
+        DistillError: the value is neither a path, an id nor a module, or the path is no folder.
     """
     if isinstance(model, str | os.PathLike):
         path = os.path.expanduser(os.fspath(model))
@@ -39,6 +39,11 @@ def as_path(model: Any) -> Any:
             raise DistillError(
                 f"The teacher {path} is a path, and there is no such folder: correct it (relative paths start at "
                 f"{Path.cwd()}), or give the id of a repository on the Hub, such as org/name."
+            )
+        if is_file(Path(path)):
+            raise DistillError(
+                f"The teacher {path} is a file: give the folder of a model, with its config.json and weights, or the "
+                "id of a repository on the Hub, such as org/name."
             )
         return path
     if isinstance(model, type):

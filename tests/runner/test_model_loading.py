@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import build
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
@@ -53,3 +53,12 @@ def test_code_of_a_model_runs_only_if_the_policy_allows_it(tmp_path):
 def test_a_missing_model_is_reported(tmp_path):
     with pytest.raises(DistillError, match="cannot be loaded"):
         load_pretrained(AutoModelForCausalLM, str(tmp_path / "none"))
+
+
+def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
+    build("llama", 0).save_pretrained(tmp_path)
+    with pytest.raises(DistillError, match=r"has no tokenizer, such as a tokenizer.json. Save the tokenizer"):
+        load_pretrained(AutoTokenizer, str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DistillError, match="cannot be loaded"):
+        load_pretrained(AutoTokenizer, str(tmp_path))

@@ -72,6 +72,15 @@ def test_a_project_folder_is_refused_and_not_emptied(tmp_path, monkeypatch, name
     assert contents(tmp_path) == {name: b"mine"}
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(DistillError, match=rf"is the folder of a model \(it has a {name}\)"):
+            run_recipe(recipe(tmp_path), resume=resume)
+    assert contents(tmp_path) == {name: b"{}"}
+
+
 def test_a_refused_run_leaves_no_files_and_keeps_the_files_of_the_user(tmp_path):
     refused = {"data.task.path": "missing.jsonl", "student": "{from_teacher: {keep_layers: 9}}"}
     for key, value in refused.items():

@@ -74,6 +74,7 @@ class Around(torch.nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: __file__, "is a file: give the folder of a model"),
         (lambda: "no/such/path", "no/such/path is a path, and there is no such folder"),
         (lambda: "~/no such folder", "no such folder is a path, and there is no such folder"),
         (lambda: 3, "The teacher is of the type int"),
