@@ -45,6 +45,7 @@ from ..teachers.loading import (
     zero3_init_context,
 )
 from ..trainer.config import DistillConfig
+from .adapters import check_target_modules
 from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_options
 from .pruning import Pruner, check_widths
 from .quantized_student import launch_problems
@@ -216,6 +217,7 @@ class ModelFactory:
         require_package("peft", "peft", "A student with lora")
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+        check_target_modules(model, spec.lora.target_modules)
         torch.manual_seed(self._args.seed)  # for the initialization of the adapters
         if spec.quantization:
             checkpointing = self._args.activation_checkpointing

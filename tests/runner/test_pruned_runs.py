@@ -160,6 +160,29 @@ def test_adapters_of_a_pruned_student_are_merged_or_refused(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config.hidden_size == 48
 
 
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ("[nope]", "has no module nope"),
+        ("[q_proj, nope]", "has no module nope"),
+        ("[]", "the list is empty"),
+        ("q_proj", "a regular expression for full paths, finds no module"),
+        ("'(q_proj'", "is not a regular expression"),
+    ],
+)
+def test_adapters_of_modules_that_the_student_does_not_have_are_refused(tmp_path, modules, message):
+    lora = f"student.lora={{r: 2, target_modules: {modules}}}"
+    with pytest.raises(DistillError, match=f"{message}.*gate_proj, k_proj.*all-linear"):
+        run_recipe(recipe(tmp_path / "run", lora, "export=merged", "control=null"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_regular_expression_selects_the_modules_with_adapters(tmp_path):
+    lora = "student.lora={r: 2, target_modules: '.*q_proj'}"
+    run_recipe(recipe(tmp_path / "run", lora, "export=merged", "control=null"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config.hidden_size == 48
+
+
 def test_a_chain_may_adapt_the_teacher_first_and_prune_at_each_stage(tmp_path):
     file = tmp_path / "chain.yaml"
     file.write_text(f"""
