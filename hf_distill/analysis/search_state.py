@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ..core import run_files
+from ..core.files import check_writable
 from ..core.io import damage_reported, read_json, write_json
 from ..core.json_types import JSONObject
 from ..errors import DistillError
@@ -35,8 +36,9 @@ def load_or_create(
         file: name of the JSON file.
 
     Raises:
-        DistillError: the folder contains another search.
+        DistillError: the folder contains another search, or cannot be written to.
     """
+    check_writable(folder)
     saved = read_json(folder / file)
     with damage_reported(folder / file):
         return _restore(folder, saved, settings, grid, file)

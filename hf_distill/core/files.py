@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,20 @@ def atomic_path(path: Path, suffix: str = "half") -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, or that it can be created, before long work. Leaves nothing.
+
+    Raises:
+        DistillError: the folder or a parent is a file, or may not be written to.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise DistillError(f"{folder} cannot be written to ({error.strerror}): give another folder.") from error
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from ..core import run_files
-from ..core.files import atomic_path
+from ..core.files import atomic_path, check_writable
 from ..core.io import environment, write_json
 from ..core.json_types import JSONObject
 from ..core.results import Metrics, ModelFacts
@@ -82,7 +82,7 @@ def check_prunable_recipe(recipe: Recipe, folder: str) -> None:
     """Check that a recipe has a student to prune, and that it can be written.
 
     Raises:
-        DistillError: It has none, it is launched on several processes, or the folder exists.
+        DistillError: It has none, it is launched on several processes, or the folder exists or cannot be created.
     """
     require_text_generation(recipe, "`hf-distill prune`")
     if recipe.stages:
@@ -104,6 +104,7 @@ def check_prunable_recipe(recipe: Recipe, folder: str) -> None:
         raise DistillError("`hf-distill prune` runs in one process: start it without torchrun.")
     if Path(folder).exists():
         raise DistillError(f"{folder} exists: choose another folder with -o, or remove it.")
+    check_writable(Path(folder))
 
 
 def _without_training(recipe: Recipe) -> JSONObject:

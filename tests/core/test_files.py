@@ -6,7 +6,8 @@ import pytest
 
 import hf_distill
 from hf_distill.core import files
-from hf_distill.core.files import atomic_path, write_atomic
+from hf_distill.core.files import atomic_path, check_writable, write_atomic
+from hf_distill.errors import DistillError
 
 ROOT = Path(hf_distill.__file__).parent
 
@@ -46,3 +47,12 @@ def test_files_are_replaced_and_flushed_in_one_module():
         path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if any(c in path.read_text() for c in calls)
     }
     assert found <= {"core/files.py", "cache/unfinished.py"}  # the latter lists and removes temporary files
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_and_one_that_can_is_not_created(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below", "/proc/none"):
+        with pytest.raises(DistillError, match="cannot be written to"):
+            check_writable(tmp_path / name)
+    check_writable(tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

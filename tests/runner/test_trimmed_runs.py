@@ -201,6 +201,7 @@ def test_a_chain_compares_students_of_several_vocabularies():
         folder = "stage-1/student" if name == "stage-1" else "student"
         assert AutoModelForCausalLM.from_pretrained(f"runs/chain/{folder}").config.vocab_size == size
         assert models[name]["bits_per_byte"] > 0
+    assert models["stage-1"]["vocabulary"] != models["student"]["vocabulary"]
 
 
 def test_analyses_give_each_model_its_ids(straight, folder):
