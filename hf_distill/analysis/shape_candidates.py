@@ -69,7 +69,8 @@ def shape_candidates(teacher: PretrainedConfig, budget: int, divisor: int = 1) -
     if not candidates:
         raise DistillError(
             f"target_parameters is {budget:,}, and no shape of this teacher ({full:,} parameters) is so small: the "
-            "embeddings and a quarter of the widths have more. Give a larger number, or a smaller vocabulary."
+            "embeddings and a quarter of the widths have more. Give a larger number, or set sizes and vocab in "
+            "place of target_parameters, which keeps all tokens."
         )
     return candidates
 
