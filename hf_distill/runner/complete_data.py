@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,7 +85,7 @@ def filter_files(options: Generation) -> JSON:
             function = step.score
         if function is not None:
             load_function(function)
-            files.append(Path(str(import_module(function.partition(":")[0]).__file__)))
+            files.append(Path(str(sys.modules[function.partition(":")[0]].__file__)))
         if isinstance(step, Decontaminate):
             files += [Path(data.path) for data in step.data if reference_kind(data.path) == "path"]
     return _checksums(files)
