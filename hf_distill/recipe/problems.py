@@ -94,6 +94,9 @@ def _error_lines(item: ErrorDetails) -> list[str]:
             "--trust-remote-code to `hf-distill run`"
         ]
     if kind == "extra_forbidden":
+        name, colon, rest = str(location[-1]).partition(":")
+        if colon and value is None:  # YAML reads {kind:cached} as the key "kind:cached" without a value
+            return [f"{key}: unknown key (YAML needs a space after the colon: {short_text(name)}: {short_text(rest)})"]
         return [f"{key}: unknown key{did_you_mean(short_text(location[-1]), keys_at(location[:-1]))}"]
     if kind == "model_type" and is_unknown_source(location):
         suggestion = did_you_mean(short_text(location[-1]), keys_at(location[:-1]))

@@ -79,9 +79,9 @@ def packaged_text(name: str) -> str:
     names = list_recipes()
     if name not in names:
         raise DistillError(
-            "The path of a recipe file must end in .yaml; a recipe on the Hub has the form hf://org/name/file.yaml; a "
-            "value that replaces one of the recipe has the form KEY=VALUE. There is no packaged recipe "
-            f"{short(name)}{did_you_mean(name, names)}"
+            f"There is no packaged recipe {short(name)}{did_you_mean(name, names) or '.'} `hf-distill recipes list` "
+            "lists them. The path of a recipe file must end in .yaml, a recipe on the Hub has the form "
+            "hf://org/name/file.yaml, and a value that replaces one of the recipe has the form KEY=VALUE."
         )
     return files("hf_distill.recipes").joinpath(f"{name}.yaml").read_text()
 

@@ -48,6 +48,10 @@ def problems_of(*overrides: str) -> list[str]:
         ("data.task.weight=[[0, .nan]]", "data.task.weight.0.1: nan is not a finite number"),
         ("distill.temperature='nan'", "distill.temperature: Input should be a finite number"),
         ("train.deepspeed={zero_optimization: {stage: .nan}}", "train.deepspeed.zero_optimization.stage: nan is not"),
+        (
+            "teacher={model: a/b, dtype:auto}",
+            "teacher.dtype:auto: unknown key (YAML needs a space after the colon: dtype: auto)",
+        ),
         ("train.seed=-1", "train.seed: Input should be greater than or equal to 0"),
         ("train.seed=4294967296", "train.seed: Input should be less than 4294967296"),
         ("train.per_device_train_batch_size=0", "train.per_device_train_batch_size: Input should be greater than or"),
