@@ -95,12 +95,12 @@ CELLS: dict[str, Cell] = {
     "pure": Cell(_PURE, SEEDS),
     **{f"hard_{rate}e-4": Cell(("distill.alpha=0", f"train.learning_rate={rate}.0e-4")) for rate in (4, 16)},
     **{f"temperature_{t}": Cell((f"distill.temperature={t}",)) for t in (1, 3, 4, 10)},
-    **{f"alpha_{a}": Cell((f"distill.alpha={a}",)) for a in (0.3, 0.9, 1)},
+    **{f"alpha_{a}": Cell((f"distill.alpha={a}",), SEEDS) for a in (0.3, 0.9, 1)},
     **{
         name: Cell((*_PURE, f"distill.divergence={name}"))
         for name in ("reverse_kl", "js", "skew_kl", "total_variation", "adaptive_kl")
     },
-    **{f"teacher_{bits}": Cell((f"teacher.quantization={bits}",)) for bits in ("int8", "nf4")},
+    **{f"teacher_{bits}": Cell((f"teacher.quantization={bits}",), SEEDS) for bits in ("int8", "nf4")},
     "progressive": Cell(("stages=shared",)),  # the steps of one student, shared among three
     "progressive_each": Cell(("stages=each",)),  # each as many as the others have
     "online": Cell(("teacher.kind=online", "teacher.learning_rate=1.0e-4")),
