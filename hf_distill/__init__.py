@@ -47,6 +47,7 @@ _HOME = {
     "load_recipe": ".recipe",
     "run_recipe": ".recipe",
     "generate_data": ".recipe",
+    "resolve_model": ".recipe",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .model_types import register_model_type as register_model_type
     from .recipe import generate_data as generate_data
     from .recipe import load_recipe as load_recipe
+    from .recipe import resolve_model as resolve_model
     from .recipe import run_recipe as run_recipe
     from .student import PrunedShape as PrunedShape
     from .student import QuantizationScheme as QuantizationScheme

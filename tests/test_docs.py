@@ -28,7 +28,6 @@ OTHER_PAGES = [
         "examples/README.md",
     )
 ]
-HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the scripts of the README and of the page Getting started load it
 TEXTS = [f"The {i}th sentence says something about number {i * i}." for i in range(8)]
 
 
@@ -95,9 +94,8 @@ def test_python_blocks_run(page, number, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_chats()
     registered, block = dict(LOSSES), blocks(page, "python")[number]
-    block = block.replace(f'MODEL = "{HUB_MODEL}"', f"MODEL = {names['STUDENT']!r}").replace(
-        "max_steps=100", "max_steps=3"
-    )
+    block = re.sub(r"^MODEL = .*", f"MODEL = {names['STUDENT']!r}", block, flags=re.M)
+    block = block.replace("max_steps=100", "max_steps=3")
     names |= vision_names() if "vision_student" in block else {}
     try:
         exec(compile(block, f"{page.name}#{number}", "exec"), names)

@@ -5,7 +5,7 @@ and an uninterrupted write give the same bytes.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -44,9 +44,9 @@ class Rows(Protocol):
 class CacheProgress:
     """Progress of a write.
 
-    tokens:            target tokens written so far
+    tokens:            target tokens that the teacher has answered so far; those of a shard are written when it is full
     total_tokens:      target tokens of the complete cache
-    bytes_per_token:   bytes per token of the shards that this process wrote
+    bytes_per_token:   bytes per token of the shards that this process wrote; 0 before the first one
     tokens_per_second: throughput of all processes since the write was started or resumed
     seconds_left:      estimated remaining seconds at this throughput
     """
@@ -136,7 +136,7 @@ def write_shards(
         folder: the folder of the cache.
         device: device of the batches.
         shift: see `target_labels`.
-        on_progress: called after each shard.
+        on_progress: called after each batch, and after the last batch of a shard once the shard is written.
 
     Raises:
         DistillError: the folder holds another cache, another process writes to it, the disk is full, or the teacher
@@ -152,22 +152,28 @@ def write_shards(
 def _write_missing(writer: "_ShardWriter", on_progress: Callable[[CacheProgress], None]) -> Manifest:
     """Write the missing shards and complete the cache."""
     plan, folder = writer.plan, writer.folder
-    start_time, written = time.perf_counter(), 0
+    start_time, answered = time.perf_counter(), 0
     is_complete = verify_written(folder, len(plan.shards))
     shard_tokens = [sum(plan.tokens[first:end]) for first, end in plan.shards]
     before = sum(tokens for tokens, complete in zip(shard_tokens, is_complete, strict=True) if complete)
     world, total = world_size(), sum(plan.tokens)
+
+    def report() -> None:
+        tokens_per_second = answered / (time.perf_counter() - start_time)
+        seconds_left = (total - before - answered) / tokens_per_second if answered else 0.0
+        bytes_per_token = writer.bytes / max(writer.tokens, 1)
+        on_progress(CacheProgress(before + answered, total, bytes_per_token, tokens_per_second, seconds_left))
+
     for first in range(0, len(plan.shards), world):
         group = range(first, min(first + world, len(plan.shards)))  # one shard for each process
-        if all(is_complete[i] for i in group):
+        missing = [plan.shards[i] for i in group if not is_complete[i]]
+        if not missing:
             continue
         shard = next((i for i in group if i % world == rank() and not is_complete[i]), None)
-        writer.write(shard, steps=max(end - begin for begin, end in (plan.shards[i] for i in group)))
-        written += sum(shard_tokens[i] for i in group if not is_complete[i])
-        tokens_per_second = written / (time.perf_counter() - start_time)
-        seconds_left = (total - before - written) / tokens_per_second
-        bytes_per_token = writer.bytes / max(writer.tokens, 1)
-        on_progress(CacheProgress(before + written, total, bytes_per_token, tokens_per_second, seconds_left))
+        steps = max(end - begin for begin, end in (plan.shards[i] for i in group))
+        for step in writer.write(shard, steps):
+            answered += sum(plan.tokens[begin + step] for begin, end in missing if begin + step < end)
+            report()
     barrier()
     if writer.manifest.kind == "hidden" and not is_written(folder, HEAD):
         writer.run_teacher(0)  # all shards are complete, but the head is missing
@@ -192,8 +198,8 @@ class _ShardWriter:
         self.tokens = self.bytes = 0
         self.layers = manifest.options.get("layers", ())
 
-    def write(self, number: int | None, steps: int) -> None:
-        """Write a shard.
+    def write(self, number: int | None, steps: int) -> Iterator[int]:
+        """Write a shard, and yield the number of each batch, of the last one when the shard is written.
 
         Args:
             number: number of the shard; None: only run the teacher, because a sharded teacher needs all processes.
@@ -207,11 +213,13 @@ class _ShardWriter:
             if number is not None and first + step < end:
                 keys += [example.key for example in examples]
                 stored += encode_signals(teacher_signals, examples, self.manifest, labels)
-        if number is None:
-            return
-        entry = write_shard(self.folder / shard_file(number), keys, stored, self.layers)
-        write_entry(self.folder, entry)
-        self.tokens, self.bytes = self.tokens + entry["tokens"], self.bytes + entry["bytes"]
+            if step + 1 < steps:
+                yield step
+        if number is not None:
+            entry = write_shard(self.folder / shard_file(number), keys, stored, self.layers)
+            write_entry(self.folder, entry)
+            self.tokens, self.bytes = self.tokens + entry["tokens"], self.bytes + entry["bytes"]
+        yield steps - 1
 
     def run_teacher(self, number: int) -> tuple[Signals, list[Example], Tensor]:
         """Return the teacher signals of a batch, its examples and its labels [T]; the first call writes the output head

@@ -68,7 +68,9 @@ class RichProgress(TrainerCallback):
         """Show the progress of writing a teacher cache."""
         if "writing" not in self._bars:
             self._start("writing", progress.total_tokens)
-        pace = f"{progress.tokens_per_second:,.0f} tokens/s · {progress.bytes_per_token:.1f} bytes/token"
+        pace = f"{progress.tokens_per_second:,.0f} tokens/s"
+        if progress.bytes_per_token:
+            pace += f" · {progress.bytes_per_token:.1f} bytes/token"
         self._update("writing", progress.tokens, pace, "tokens", progress.seconds_left)
 
     def update_generation(self, progress: "GenerationProgress") -> None:

@@ -9,6 +9,7 @@ _HOME = {
     "load_recipe": ".load",
     "list_recipes": ".resolve",
     "run_recipe": "..runner.run",
+    "resolve_model": "..runner.model_loading",
     "generate_data": "..runner.generate",
     "GeneratedData": "..runner.complete_data",
 }
@@ -18,6 +19,7 @@ __all__ = list(_HOME)
 if TYPE_CHECKING:
     from ..runner.complete_data import GeneratedData as GeneratedData
     from ..runner.generate import generate_data as generate_data
+    from ..runner.model_loading import resolve_model as resolve_model
     from ..runner.run import run_recipe as run_recipe
     from .load import load_recipe as load_recipe
     from .resolve import list_recipes as list_recipes

@@ -136,6 +136,17 @@ def test_a_second_writer_of_a_folder_is_refused_without_harm_to_the_first(tmp_pa
     assert content(tmp_path / "cache") == content(tmp_path / "straight")
 
 
+def test_progress_is_reported_after_each_batch(tmp_path):
+    reports = []
+    manifest = write_test_cache(tmp_path / "cache", on_progress=reports.append)
+    batches = sum(-(-entry["examples"] // manifest.data["batch_size"]) for entry in manifest.shards)
+    assert len(reports) == batches > len(manifest.shards)
+    tokens = [progress.tokens for progress in reports]
+    assert tokens == sorted(set(tokens))
+    assert tokens[-1] == reports[-1].total_tokens == manifest.data["tokens"]
+    assert reports[0].bytes_per_token == 0 < reports[-1].bytes_per_token
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DistillError, match=r"holds notes.txt and no cache"):

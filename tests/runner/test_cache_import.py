@@ -166,7 +166,8 @@ def test_an_interrupted_import_is_continued_and_a_complete_one_is_kept(teacher, 
     file = write_lines([answer(teacher, ids) for ids in requests])
 
     def stop(progress):
-        raise KeyboardInterrupt
+        if progress.bytes_per_token:  # the first shard is written
+            raise KeyboardInterrupt
 
     import_cache(recipe(), [file], "whole", shard_rows=4)
     with pytest.raises(KeyboardInterrupt):
