@@ -114,8 +114,11 @@ def rows_with_teacher(
     return rows
 
 
+_LARGE = 1e7  # from which a value does not fit its column
+
+
 def formatted(metrics: Mapping[str, float], shown: Iterable[HeldOutMetric], percent: bool = False) -> list[str]:
-    """Return the values of metrics as text; "-" for those that a model does not have.
+    """Return the values of metrics as text; "-" for those that a model does not have. Large ones have an exponent.
 
     Args:
         metrics: of a model.
@@ -124,6 +127,9 @@ def formatted(metrics: Mapping[str, float], shown: Iterable[HeldOutMetric], perc
     """
     cells = []
     for metric in shown:
+        value = metrics.get(metric.key)
         spec = ".1%" if percent and metric.is_share else f".{metric.digits}f"
-        cells.append(format(metrics[metric.key], spec) if metric.key in metrics else "-")
+        if value is not None and abs(value) >= _LARGE:
+            spec = ".2e"
+        cells.append("-" if value is None else format(value, spec))
     return cells

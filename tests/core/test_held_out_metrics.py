@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_distill.core.held_out_metrics import rows_with_teacher, shown_metrics
+from hf_distill.core.held_out_metrics import formatted, rows_with_teacher, shown_metrics
 
 
 def metrics(perplexity, teacher, **others):
@@ -33,3 +33,11 @@ def test_a_chain_whose_students_have_different_tokens_has_a_row_of_the_teacher_f
 )
 def test_other_tables_have_at_most_one_row_of_the_teacher(models, expected):
     assert titles_of(models, {name: name for name in models}) == expected
+
+
+def test_a_large_perplexity_fits_its_column():
+    models = [metrics(3.1823036002007676e16, 9999999.5)]
+    shown = [metric for metric in shown_metrics(models) if metric.key == "perplexity"]
+    assert formatted(models[0], shown) == ["3.18e+16"]
+    assert formatted(metrics(123456.789, 5), shown) == ["123456.79"]
+    assert formatted({}, shown) == ["-"]
