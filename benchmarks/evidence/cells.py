@@ -109,14 +109,14 @@ CELLS: dict[str, Cell] = {
     "multi_view": Cell((*_student_and_teacher("kind: multi_view, view: {token_dropout: 0.1}"), "distill.alpha=0.3")),
     "mtp": Cell((*_student_and_teacher("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
     "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-blocks-long"),
-    "cache_hidden": _cached(kind="hidden"),
+    "cache_hidden": _cached(seeds=SEEDS, kind="hidden"),
     "cache_sampled_12": _cached(seeds=SEEDS, kind="sampled", samples_per_token=12),
     "cache_sampled_12_half": _cached(
         "distill.alpha=0.5", "distill.temperature=1", kind="sampled", samples_per_token=12
     ),
-    "cache_sampled_50": _cached(kind="sampled", samples_per_token=50),
-    "cache_top_12": _cached(kind="top_k", k=12),
-    "cache_top_64": _cached(kind="top_k", k=64),
+    "cache_sampled_50": _cached(seeds=SEEDS, kind="sampled", samples_per_token=50),
+    "cache_top_12": _cached(seeds=SEEDS, kind="top_k", k=12),
+    "cache_top_64": _cached(seeds=SEEDS, kind="top_k", k=64),
     "width": Cell((_shape(NARROW),), SEEDS),
     "width_hard": Cell((_shape(NARROW), "distill.alpha=0"), SEEDS),
     "depth_and_width": Cell((_shape(NARROW_AND_SHALLOW),), SEEDS),

@@ -208,15 +208,24 @@ def caches(results: Results) -> str:
         "top 64": "cache_top_64",
         "hard labels only": "hard",
     }
-    mixed = {"running teacher, alpha = 0.5": "temperature_1", "12 samples, alpha = 0.5": "cache_sampled_12_half"}
+    return students(results, with_bytes(results, rows), "cache")
+
+
+def caches_with_labels(results: Results) -> str:
+    """Return the table of a cache of 12 samples and the running teacher, at T = 1 and alpha = 0.5."""
+    rows = {"none: running teacher": "temperature_1", "12 samples": "cache_sampled_12_half"}
+    return students(results, with_bytes(results, rows), "cache, with hard labels")
+
+
+def with_bytes(results: Results, rows: Mapping[str, str]) -> dict[str, str]:
+    """Return titles and cells, where the titles of caches also have the bytes per token."""
     sizes = results["cache_bytes", 0]["metrics"]
-    titles = {
-        (
-            f"{title}, {sizes[cell.removesuffix('_half')]:,.1f} bytes per token" if cell.startswith("cache_") else title
-        ): cell
-        for title, cell in (rows | mixed).items()
+    return {
+        f"{title}, {sizes[cell.removesuffix('_half')]:,.1f} bytes per token"
+        if cell.startswith("cache_")
+        else title: cell
+        for title, cell in rows.items()
     }
-    return students(results, titles, "cache")
 
 
 def mixture(results: Results) -> str:
