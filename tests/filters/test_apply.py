@@ -70,8 +70,8 @@ def test_rows_for_which_a_function_raises_are_set_aside_with_the_exception(check
     assert (result.positions, result.counts[0].removed, result.counts[0].set_aside) == ([0], 1, 1)
     (aside,) = result.set_aside_rows(rows)
     assert aside == rows[1] | {
-        "filter": "function checks:divide",
-        "error": "ZeroDivisionError: division by zero",
+        "set_aside_by": "function checks:divide",
+        "set_aside_error": "ZeroDivisionError: division by zero",
     }
 
 

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.runner.model_loading import LoadPolicy, load_policy, load_pretrained
 
 CODE = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\nopen({!r}, 'w')\n"
@@ -31,6 +32,7 @@ def test_pickled_weights_are_loaded_only_if_the_policy_allows_it(pickled):
 
 
 def test_the_policy_applies_to_a_teacher_that_is_loaded_later(pickled, tmp_path):
+    byte_tokenizer().save_pretrained(pickled)
     options = [f"teacher.model={pickled}", f"train.output_dir={tmp_path / 'run'}", "control=null", "data.max_length=32"]
     values = ["teacher.device_map=cpu", "student.model=smoke:llama/student", "student.from_teacher=null"]
     with pytest.raises(DistillError, match="cannot be loaded"):

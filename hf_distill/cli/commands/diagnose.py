@@ -54,7 +54,7 @@ def diagnose(
         pair = ModelPair.of_run(opened, name, progress.log_stage)
         if name == "control" and opened.recipe.control == "sft":
             pair = replace(pair, alpha=0.0)
-        progress.log_stage(f"Comparing both models over the held-out target tokens, at most {tokens:,}")
+        progress.log_stage(f"Comparing both models over at most {tokens:,} target tokens")
         references = References.of_evidence(read_json(opened.folder / run_files.RESULTS), name)
         diagnosis = diagnose_pair(pair, tokens, logs, references)
     if name == "student":
