@@ -24,8 +24,17 @@ from ..recipe.generation import Generation
 from ..recipe.schema import Recipe
 from .generation_cache import CACHE, student_tokenizer
 
-# Keys of `generate` that do not change the data set.
-_PACE = ("url", "api_key_env", "concurrency", "timeout", "retry_seconds", "batching", "batch_size", "output_dir")
+# Keys of `generate` that change where or how fast a data set is generated, but not its content.
+_KEYS_WITHOUT_EFFECT = (
+    "url",
+    "api_key_env",
+    "concurrency",
+    "timeout",
+    "retry_seconds",
+    "batching",
+    "batch_size",
+    "output_dir",
+)
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".json")
 
 
@@ -60,7 +69,7 @@ def request_of(recipe: Recipe, options: Generation, sources: Sequence[SourceRow]
     A complete data set of the same request needs no teacher. The weights of a teacher in a local folder are compared by
     the sizes and times of their files.
     """
-    settings = options.model_dump(mode="json", exclude={*_PACE})
+    settings = options.model_dump(mode="json", exclude={*_KEYS_WITHOUT_EFFECT})
     settings |= {"chat_template": recipe.data.chat_template, "digest": digest_of([row.prompt for row in sources])}
     spec = recipe.teacher.source_teacher if recipe.teacher else None
     if options.backend == "server" or spec is None:

@@ -99,7 +99,7 @@ class ModelFactory:
         self.caches: dict[str, JSONObject] = {}
         self.remote_teachers: dict[str, RemoteTeacher] = {}
         self._pruning_source: Student | TeacherSpec = self._spec if self._spec.loaded_model else self._student
-        if cut:
+        if cut and cut.prunes_width:
             config = load_pretrained(AutoConfig, self._path, revision=self._pruning_source.revision)
             check_widths(cut, task.auto_class, config)
         self._full_model: PreTrainedModel | None = None

@@ -130,10 +130,9 @@ def check_widths(cut: FromTeacher, auto_class: type, config: PretrainedConfig) -
     Raises:
         DistillError: A width is not possible for this teacher.
     """
-    if cut.prunes_width:
-        with torch.device("meta"):
-            teacher = cast(Any, auto_class).from_config(config)
-        pruned_config(teacher, PrunedShape(layers=tuple(sorted(cut.layers)) if cut.layers else None, **cut.widths()))
+    with torch.device("meta"):
+        teacher = cast(Any, auto_class).from_config(config)
+    pruned_config(teacher, PrunedShape(layers=tuple(sorted(cut.layers)) if cut.layers else None, **cut.widths()))
 
 
 def prune_to(teacher: nn.Module, kept: KeptUnits, kept_ids: Sequence[int] | None = None) -> PreTrainedModel:
