@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from crashing import (
     FILES_ALONE,
     KINDS,
+    NUM_RANKS,
     KillPoint,
     draw_kill_points,
     kill_and_resume,
@@ -39,13 +40,13 @@ from hf_distill.core.io import environment, write_json
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 MOMENTS, STEPS, SETTLED = 30, 500, 100
-TRAINABLE_KINDS = [kind for kind in KINDS if kind not in ("chain", *FILES_ALONE)]
+MEASURED_KINDS = [kind for kind in KINDS if kind not in ("chain", "two processes", *FILES_ALONE)]  # in one process
 
 
 def kill_runs(folder: Path, kind: str) -> dict[str, Any]:
     """Kill and resume runs of a kind at several moments; return what was lost."""
     start, workload = time.perf_counter(), make_workload(kind, folder)
-    if code := run_in_process(workload, folder / kind, counts=folder / f"{kind}.json"):
+    if code := run_in_process(workload, folder / kind, counts=folder / f"{kind}.json", num_ranks=NUM_RANKS[kind]):
         raise RuntimeError(f"{kind} ended with {code}: {(folder / kind / 'log').read_text()[-3000:]}")
     expected = run_outputs(folder / kind, kind)
     drawn = draw_kill_points(json.loads((folder / f"{kind}.json").read_text()), MOMENTS, seed=0)
@@ -152,7 +153,7 @@ def main(parts: Sequence[str] = ("crashes", "memory", "self_check"), kinds: Sequ
         if "crashes" in parts:
             results["crashes"] = kill_kinds(folder, kinds or [*KINDS], earlier["crashes"])
         if "memory" in parts:
-            results["memory"] = memory_of_kinds(folder, kinds or TRAINABLE_KINDS, earlier["memory"])
+            results["memory"] = memory_of_kinds(folder, kinds or MEASURED_KINDS, earlier["memory"])
     if "self_check" in parts:
         results["self_check"] = run_in_fresh_process("self_check")
     write_json(RESULT, results | {"environment": environment("cpu")})

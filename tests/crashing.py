@@ -1,7 +1,8 @@
-"""Kills runs at chosen moments and resumes them, each in a separate process.
+"""Kills runs at chosen moments and resumes them, each in one or two separate processes.
 
 A kill point is a time, or a location: the n-th call of a function of a run, before the call, in the middle of what it
-writes, or after it. Processes are forked from one that has imported everything, so that a trial takes seconds.
+writes, or after it. Processes are forked from one that has imported everything, so that a trial takes seconds. When one
+of two processes is killed, the other one is killed as well, as a launcher does it.
 """
 
 import gc
@@ -11,16 +12,17 @@ import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from forking import fork_context
+from forking import environments_of_ranks, fork_context
 
 # Functions of a run at which it can be killed, and whether they write a file that can be truncated.
 KILL_LOCATIONS = {
@@ -58,6 +60,7 @@ _SHORT = [
     *("train.eval_strategy=steps", "train.eval_steps=3", "train.learning_rate=0.01"),
 ]
 _FEATURES = "losses=[{name: hidden_cosine, weight: 0.1}, {name: attention_kl, layers: last:1}]"
+_ALL_FEATURES = [_FEATURES, "projectors={kind: linear}", "teacher.attn_implementation=eager"]
 _LORA = "student={model: 'smoke:llama/student', lora: {r: 4}}"
 _GENERATION = [
     *("generate.max_prompts=24", "generate.prompts_per_part=3", "generate.samples=2", "generate.max_new_tokens=16"),
@@ -68,7 +71,8 @@ _REMOTE = [  # no smoke run, which would replace the server by a local model
     *("teacher={kind: remote, api: vllm, concurrency: 1, top_k: 8}", "data.max_length=64", "data.eval.max_rows=4"),
 ]
 KINDS = {  # name of a packaged recipe, and overrides
-    "frozen": ("quickstart", [_FEATURES, "projectors={kind: linear}", "teacher.attn_implementation=eager"]),
+    "frozen": ("quickstart", _ALL_FEATURES),
+    "two processes": ("quickstart", [*_ALL_FEATURES, "control=null"]),
     "cached": ("cached", ["control=null"]),
     "adapter_base": ("quickstart", [_LORA, "teacher={kind: adapter_base}", "control=null"]),
     **{name: (name, ["control=null"]) for name in ("ema", "snapshot", "online", "mutual", "mtp", "multi-view")},
@@ -84,6 +88,7 @@ KINDS = {  # name of a packaged recipe, and overrides
     "generate and train": ("sequence-level", _GENERATION),
 }
 FILES_ALONE = ("capture", "generate")  # kinds that train nothing
+NUM_RANKS = dict.fromkeys(KINDS, 1) | {"two processes": 2}
 
 
 def make_workload(kind: str, shared_folder: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Callable[[], None]:
@@ -139,17 +144,18 @@ def _teacher_server() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class KillPoint:
-    """When a process is killed: after some seconds, or at a call of a function in `KILL_LOCATIONS`."""
+    """When a run is killed: after some seconds, or at a call of a function in `KILL_LOCATIONS` by one of its ranks."""
 
     seconds: float | None = None
     location: str = ""
     call: int = 0
     when: str = "before"  # half, after
+    rank: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"{self.seconds:.2f} s" if self.seconds is not None else f"{self.when} call {self.call} of {self.location}"
-        )
+        if self.seconds is not None:
+            return f"{self.seconds:.2f} s"
+        return f"{self.when} call {self.call} of {self.location} by rank {self.rank}"
 
 
 def kill() -> None:
@@ -193,9 +199,17 @@ def _truncate_newest_file(folder: Path, since: float) -> None:
         os.truncate(path, size)
 
 
-def _run_child(workload: Callable[[], None], folder: Path, kill_point: KillPoint | None, counts: Path | None) -> None:
+def run_child(
+    workload: Callable[[], None],
+    folder: Path,
+    kill_point: KillPoint | None = None,
+    counts: Path | None = None,
+    environment: Mapping[str, str] = {},
+) -> None:
+    """Run a job as one rank, which a kill point of this rank kills; write the number of calls at each location."""
     import torch
 
+    os.environ.update(environment)
     gc.freeze()  # garbage collection would walk every imported module
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
@@ -221,37 +235,69 @@ def _run_child(workload: Callable[[], None], folder: Path, kill_point: KillPoint
     for location in KILL_LOCATIONS if counts else [kill_point.location] if kill_point and kill_point.location else []:
         _wrap(location, around)
     _record_complete_checkpoints()
-    start = time.monotonic()
     workload()
     if counts:
+        counts.write_text(json.dumps(calls))
+
+
+def run_in_process(
+    workload: Callable[[], None],
+    folder: Path,
+    kill_point: KillPoint | None = None,
+    counts: Path | None = None,
+    num_ranks: int = 1,
+) -> int:
+    """Run a job in separate processes; when one ends with an error, kill the others; return its exit code.
+
+    Args:
+        workload: the job.
+        folder: its working directory.
+        kill_point: where it is killed.
+        counts: file for the number of calls at each location by each rank, and the seconds of the job.
+        num_ranks: the number of processes.
+    """
+    start = time.monotonic()
+    processes, files = [], [None if counts is None else Path(f"{counts}.{rank}") for rank in range(num_ranks)]
+    for rank, environment in enumerate(environments_of_ranks(num_ranks)):
+        own_kill_point = kill_point if kill_point is None or kill_point.rank == rank else None
+        arguments = (workload, folder, own_kill_point, files[rank], environment)
+        processes.append(fork_context().Process(target=run_child, args=arguments))
+        processes[-1].start()
+    end = None if kill_point is None or kill_point.seconds is None else start + kill_point.seconds
+    codes: list[int | None] = [None] * num_ranks
+    while None in codes and not any(codes):
+        running = [process for process, code in zip(processes, codes, strict=True) if code is None]
+        ended = connection.wait([process.sentinel for process in running], end and max(0.0, end - time.monotonic()))
+        for process in running:
+            if not ended:
+                process.kill()
+            if not ended or process.sentinel in ended:
+                process.join()
+        codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    # A rank that is killed makes the others fail, so that its code comes first.
+    code = next((code for code in sorted(code or 0 for code in codes) if code), 0)
+    if counts is not None and code == 0:
+        calls = [json.loads(file.read_text()) for file in files if file is not None]
         counts.write_text(json.dumps({"calls": calls, "seconds": time.monotonic() - start}))
-
-
-def run_in_process(workload, folder: Path, kill_point: KillPoint | None = None, counts: Path | None = None) -> int:
-    """Run a job in a separate process and return its exit code."""
-    process = fork_context().Process(target=_run_child, args=(workload, folder, kill_point, counts))
-    process.start()
-    if kill_point is not None and kill_point.seconds is not None:
-        process.join(kill_point.seconds)
-        if process.is_alive():
-            process.kill()
-    process.join()
-    return process.exitcode
+    return code
 
 
 def draw_kill_points(counts: dict[str, Any], number: int, seed: int) -> list[KillPoint]:
     """Draw kill points: a third of them times, the others locations, each of which is drawn equally often."""
     random_ = random.Random(seed)
     clock = [KillPoint(seconds=random_.uniform(0.1, counts["seconds"])) for _ in range(number // 3)]
-    locations = sorted(location for location in KILL_LOCATIONS if counts["calls"].get(location))
+    locations = sorted(name for name in KILL_LOCATIONS if any(calls.get(name) for calls in counts["calls"]))
     random_.shuffle(locations)
     at = []
     for i in range(number - len(clock)):
         location = locations[i % len(locations)]
         whens = ["before", "half", "after"] if KILL_LOCATIONS[location][1] else ["before", "after"]
-        at.append(
-            KillPoint(location=location, call=random_.randint(1, counts["calls"][location]), when=random_.choice(whens))
-        )
+        rank = random_.choice([rank for rank, calls in enumerate(counts["calls"]) if calls.get(location)])
+        call = random_.randint(1, counts["calls"][rank][location])
+        at.append(KillPoint(location=location, call=call, when=random_.choice(whens), rank=rank))
     return clock + at
 
 
@@ -296,12 +342,12 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 def kill_and_resume(workload, folder: Path, kill_point: KillPoint, expected: dict[str, Any], kind: str) -> str | None:
     """Kill a run, look for a complete checkpoint, resume it, and compare; return the problem, None if there is none."""
-    code = run_in_process(workload, folder, kill_point)
+    code = run_in_process(workload, folder, kill_point, num_ranks=NUM_RANKS[kind])
     if code not in (0, -signal.SIGKILL):
         return f"{kill_point}: ended with {code} before it was killed: {_end_of_log(folder)}"
     if without := folders_without_complete_checkpoint(folder):
         return f"{kill_point}: no complete checkpoint is left in {without}"
-    if code := run_in_process(workload, folder):
+    if code := run_in_process(workload, folder, num_ranks=NUM_RANKS[kind]):
         return f"{kill_point}: could not be resumed ({code}): {_end_of_log(folder)}"
     lost = differences(run_outputs(folder, kind), expected)
     return f"{kill_point}: not the same: {', '.join(lost)}" if lost else None

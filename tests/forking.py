@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,17 @@ def fork_context() -> ForkServerContext:
     with mock.patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
     return context
+
+
+def environments_of_ranks(number: int) -> list[dict[str, str]]:
+    """Return what a launcher sets in the environment of each rank; nothing for a single process."""
+    if number == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = address | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
 
 
 def start_python(

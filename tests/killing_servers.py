@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from crashing import KillPoint, differences, kill_and_resume, run_in_process, run_outputs
+from crashing import KillPoint, differences, kill_and_resume, run_child, run_in_process, run_outputs
 from forking import fork_context, start_python
 
 APIS = ("vllm", "hidden")
@@ -144,7 +144,7 @@ def kill_client(server: ServerProcess, folder: Path, seconds: float, expected: d
 
 def kill_server(server: ServerProcess, folder: Path, seconds: float, expected: dict[str, Any]) -> str | None:
     """Kill the server some seconds after a run began, and start it again; return what differs, None if nothing does."""
-    process = fork_context().Process(target=_run_in, args=(make_workload(server), folder))
+    process = fork_context().Process(target=run_child, args=(make_workload(server), folder))
     process.start()
     process.join(seconds)
     server.kill()
@@ -158,12 +158,6 @@ def kill_server(server: ServerProcess, folder: Path, seconds: float, expected: d
         return f"{what}: ended with {process.exitcode}: {(folder / 'log').read_text()[-1500:]}"
     differing = differences(run_outputs(folder, "remote"), expected)
     return f"{what}: not the same: {', '.join(differing)}" if differing else None
-
-
-def _run_in(workload: Callable[[], None], folder: Path) -> None:
-    from crashing import _run_child
-
-    _run_child(workload, folder, None, None)
 
 
 def was_killed(folder: Path) -> bool:

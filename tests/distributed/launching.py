@@ -5,7 +5,6 @@ result of another. A few tests use the launchers of PyTorch and Accelerate inste
 """
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -63,15 +62,14 @@ class _Ranks:
     def __init__(self, number: int, arguments: tuple[str, ...], folder: Path = Path()):
         self._logs = tempfile.TemporaryDirectory()
         self._end = time.monotonic() + _TIMEOUT_SECONDS
-        world = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), **_free_address()}
         self._processes: list[BaseProcess] = [
             forking.start_python(
                 arguments,
                 folder.absolute(),
                 *(self._log(kind, rank) for kind in ("stdout", "stderr")),
-                _CHANGES | (world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}),
+                _CHANGES | environment,
             )
-            for rank in range(number)
+            for rank, environment in enumerate(forking.environments_of_ranks(number))
         ]
 
     def __enter__(self) -> "_Ranks":
@@ -110,9 +108,3 @@ class _Ranks:
                 assert failed, f"the ranks do not end: {self.read('stderr')[-4000:]}"
                 break
         return [process.exitcode or 0 for process in self._processes]
-
-
-def _free_address() -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

@@ -9,6 +9,7 @@ import pytest
 from crashing import (
     KILL_LOCATIONS,
     KINDS,
+    NUM_RANKS,
     KillPoint,
     draw_kill_points,
     folders_without_complete_checkpoint,
@@ -34,10 +35,11 @@ def shared_folder(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_resumes_to_the_same_result(shared_folder, kind):
     workload = make_workload(kind, shared_folder)
-    assert run_in_process(workload, shared_folder / kind, counts=shared_folder / f"{kind}.json") == 0, (
+    file = shared_folder / f"{kind}.json"
+    assert run_in_process(workload, shared_folder / kind, counts=file, num_ranks=NUM_RANKS[kind]) == 0, (
         shared_folder / kind / "log"
     ).read_text()[-3000:]
-    counts, expected = json.loads((shared_folder / f"{kind}.json").read_text()), run_outputs(shared_folder / kind, kind)
+    counts, expected = json.loads(file.read_text()), run_outputs(shared_folder / kind, kind)
     assert len(expected) > 3
     drawn = draw_kill_points(counts, 3, seed=sum(kind.encode()))[: 1 if kind == "chain" else None]
     assert not [
