@@ -45,7 +45,7 @@ class ProjectorOptions(StrictModel):
 
 
 class ViewOptions(StrictModel):
-    """A modified view of the batch that either the teacher or the student gets; see docs/online-and-self-distillation.md."""
+    """A modified view of the batch for the teacher or the student; see docs/online-and-self-distillation.md."""
 
     token_dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of tokens replaced by a filler token, from 0 to below 1. Default: 0."
