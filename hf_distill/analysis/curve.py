@@ -144,12 +144,16 @@ def trained_tokens(run: Run, steps: int) -> int:
     return round(steps * _tokens_per_step(run))
 
 
+def rows_per_step(run: Run) -> int:
+    """Return the number of rows of a global batch, of all processes."""
+    train = run.recipe.train
+    processes = int(run.results.get("environment", {}).get("processes") or 1)
+    return (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1) * processes
+
+
 def _tokens_per_step(run: Run) -> float:
     """Return the tokens of a global batch: rows times their mean length, from results.json."""
-    train, results = run.recipe.train, run.results
-    rows = (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1)
-    processes = int(results.get("environment", {}).get("processes") or 1)
-    return rows * processes * results.get("data", {}).get("tokens_per_row", run.recipe.data.max_length)
+    return rows_per_step(run) * run.results.get("data", {}).get("tokens_per_row", run.recipe.data.max_length)
 
 
 def _tokens_at_shares(points: Sequence[Point], shares: Sequence[float]) -> dict[float, int]:

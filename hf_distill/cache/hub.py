@@ -51,7 +51,7 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
     Args:
         folder: the folder of the cache.
         repo: the repository, org/name; it is created if it does not exist.
-        private: whether a new repository is private.
+        private: whether the repository is private; a public one is an error.
         replace: replace another cache, and files that hf-distill did not write, such as a card.
 
     Returns:
@@ -59,7 +59,7 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
 
     Raises:
         DistillError: files are missing or damaged; the repository holds another cache or files that hf-distill did not
-            write; or the Hub refuses, see `translate_hub_errors`.
+            write, or is public although `private` is set; or the Hub refuses, see `translate_hub_errors`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -76,7 +76,7 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
     public = with_values(manifest, teacher=reduced(manifest.teacher), recipe=reduced(manifest.recipe))
     uploads: dict[str, bytes | Path] = {"README.md": card.encode(), FILE: public.as_text().encode()}
     uploads |= {entry["file"]: folder / entry["file"] for entry in manifest.files}
-    remote_files, remote_manifest = _inspect_repo(api, repo)
+    remote_files, remote_manifest = _inspect_repo(api, repo, private)
     if not replace:
         _check_repo(repo, remote_files, remote_manifest, public, {*uploads})
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -90,8 +90,12 @@ def push_cache(folder: str | Path, repo: str, private: bool = False, replace: bo
     return f"hf://datasets/{repo}@{commit.oid}"
 
 
-def _inspect_repo(api: "HfApi", repo: str) -> tuple[set[str], Manifest | None]:
-    """Return the file names of a data set repository, and the manifest of the cache that `push_cache` wrote there."""
+def _inspect_repo(api: "HfApi", repo: str, private: bool) -> tuple[set[str], Manifest | None]:
+    """Return the file names of a data set repository, and the manifest of the cache that `push_cache` wrote there.
+
+    Raises:
+        DistillError: `private` is set, and the repository is public.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -100,6 +104,11 @@ def _inspect_repo(api: "HfApi", repo: str) -> tuple[set[str], Manifest | None]:
             info = api.dataset_info(repo)
         except RepositoryNotFoundError:
             return set(), None
+        if private and not info.private:
+            raise DistillError(
+                f"datasets/{repo} is a public repository, but --private was passed. Make it private in its settings on "
+                "the Hub, or leave --private out."
+            )
         names = {sibling.rfilename for sibling in info.siblings or ()}
         tags = info.card_data.to_dict().get("tags") if info.card_data else None
         if FILE not in names or "hf_distill" not in (tags or ()):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
-from ..analysis.curve import compute, trained_tokens
+from ..analysis.curve import compute, rows_per_step, trained_tokens
 from ..core import run_files
 from ..core.io import damage_reported, read_json
 from ..core.json_types import JSONObject
@@ -229,7 +229,7 @@ def _training(run: Run) -> TrainingFacts:
     steps = max((int(line["step"]) for line in run.logs()), default=0)
     training: TrainingFacts = {
         "steps": steps,
-        "rows_per_step": (train.per_device_train_batch_size or 8) * (train.gradient_accumulation_steps or 1),
+        "rows_per_step": rows_per_step(run),
         "learning_rate": train.learning_rate,
         "seconds": results["models"]["student"].get("train_seconds"),
     }

@@ -185,7 +185,7 @@ def check_ready(recipe: Recipe, repo: str, accept_license: bool = False) -> None
     api = HfApi()
     repo = _full_repo_id(api, repo)
     _check_license(decide_student_license(recipe, teacher_cards(recipe), repo, None, None), accept_license)
-    check_repository(read_repository(api, repo), [CARD], private=False, replace=False)
+    check_repository(read_repository(api, repo), [CARD], private=bool(recipe.train.hub_private_repo), replace=False)
     if smoke := smoke_run(recipe):
         raise DistillError(
             f"{smoke} Do not set train.push_to_hub, or publish it with `hf-distill publish --allow-smoke`."
@@ -225,7 +225,10 @@ def _commit(
     size = sum(operation.upload_info.size for operation in operations if isinstance(operation, CommitOperationAdd))
     on_stage(f"Uploading {len(contents.files)} files, {size / 1e6:,.1f} MB, to {repo}")
     with translate_hub_errors(repo):
-        ModelCard(contents.files[CARD].decode()).validate()  # type: ignore[union-attr]
+        try:
+            ModelCard(contents.files[CARD].decode()).validate()  # type: ignore[union-attr]
+        except ValueError as error:
+            raise DistillError(f"The Hub does not accept the card of the student: {error}") from None
         if repository.commit is None:  # without exist_ok, because a repository created meanwhile has not been checked
             api.create_repo(repo, private=private)
         parent = repository.commit or api.model_info(repo).sha

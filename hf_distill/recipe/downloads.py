@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import httpx2
 from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, try_to_load_from_cache
 
 from ..core.references import reference_kind
@@ -28,10 +29,10 @@ class Download:
         used_for: All purposes for which the repository is read: student, teacher, data sources, ...
         kind: "model", "tokenizer" (only that of a model) or "dataset".
         repo: Id of the repository.
-        revision: Current commit of the requested revision, or the requested revision in offline mode.
-        size: Bytes of the files that are read; None in offline mode.
+        revision: Current commit of the requested revision, or the requested revision without a connection.
+        size: Bytes of the files that are read; None without a connection.
         missing: Bytes of these files that are not cached. For a dataset these are all bytes, because the cache keeps
-            datasets in another format. None in offline mode.
+            datasets in another format. None without a connection.
         pickled: Whether the weights of a model are pickles, which can run code when they are loaded.
         base: For an adapter, the id of its base model.
     """
@@ -119,7 +120,10 @@ def inspect_repo(used_for: tuple[str, ...], kind: str, repo: str, revision: str 
         return Download(used_for, kind, repo, revision, None, None)
     repo_type = "dataset" if kind == "dataset" else "model"
     with translate_hub_errors(repo, repo_type, revision):
-        info = HfApi().repo_info(repo, repo_type=repo_type, revision=revision, files_metadata=True)
+        try:
+            info = HfApi().repo_info(repo, repo_type=repo_type, revision=revision, files_metadata=True)
+        except httpx2.TransportError:  # without a connection, files are read from the local cache
+            return Download(used_for, kind, repo, revision, None, None)
     siblings = info.siblings if isinstance(info, ModelInfo | DatasetInfo) else None
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings or ()}
     read = sizes if kind == "dataset" else _files_to_load(sizes, weights=kind == "model")

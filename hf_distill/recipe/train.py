@@ -77,6 +77,8 @@ class TrainBase(StrictModel):
             raise ValueError("hub_token: a recipe must not contain a token: run `hf auth login`, or set HF_TOKEN")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs a repository: set hub_model_id to org/name")
+        if self.push_to_hub and self.hub_revision:
+            raise ValueError("hub_revision: the student is published on the main branch: remove it")
         if self.push_to_hub and self.hub_strategy not in (None, "end"):
             raise ValueError(
                 f"hub_strategy is {self.hub_strategy}; only end is possible in a recipe, because the student is "

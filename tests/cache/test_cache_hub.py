@@ -63,6 +63,16 @@ def test_other_files_are_not_replaced_and_no_local_path_is_published(hub, tmp_pa
     assert verify_cache(resolve_cache_dir("hf://datasets/tester/theirs")).teacher["model"] == "teacher"
 
 
+def test_a_private_cache_is_not_pushed_to_a_public_repository(hub, tmp_path):
+    write_cache(tmp_path / "cache", build("llama", 1), rows("llama", 4), collator=collate, batch_size=4)
+    hub.put("datasets", "tester/public", {})
+    with pytest.raises(DistillError, match="datasets/tester/public is a public repository, but --private"):
+        push_cache(tmp_path / "cache", "tester/public", private=True)
+    push_cache(tmp_path / "cache", "tester/hidden", private=True)
+    push_cache(tmp_path / "cache", "tester/hidden", private=True)
+    assert hub.repos["datasets", "tester/hidden"].private
+
+
 def test_another_cache_is_replaced_only_with_replace_and_leaves_no_shards(hub, tmp_path):
     for name, count in (("old", 12), ("new", 4)):
         write_cache(

@@ -103,6 +103,15 @@ def test_downloads_lists_each_repository_once_with_the_size(recipe, hub):
     assert teacher.revision == hub.repos["models", "o/teacher"].at("main")
 
 
+def test_a_run_without_a_connection_lists_its_repositories_without_sizes(recipe, hub):
+    """Models and data may be in the cache; on many clusters only the login node has a connection."""
+    hub.faults.append(Fault("/api/", cut=True, times=99))
+    assert [(one.repo, one.size, one.missing) for one in downloads(recipe)] == [
+        ("o/teacher", None, None),
+        ("o/rows", None, None),
+    ]
+
+
 def test_provenance_has_the_commits_that_a_run_read(recipe, hub):
     fetch(parse_uri("hf://o/teacher/config.json"))
     entries = provenance(recipe)

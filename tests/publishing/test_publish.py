@@ -337,6 +337,27 @@ def test_a_private_student_is_not_published_to_a_public_repository(run, hub):
     assert hub.repos["models", "tester/hidden"].private
 
 
+def test_a_run_does_not_start_for_a_private_student_and_a_public_repository(hub):
+    hub.put("models", "tester/quick", {})
+    with pytest.raises(DistillError, match="is a public repository"):
+        check_ready(load_recipe("quickstart", ["train.hub_private_repo=true"], smoke=True), "tester/quick")
+
+
+def test_a_card_that_the_hub_does_not_accept_is_an_error_with_the_reason(run, hub):
+    """The Hub knows the ids of licenses, and refuses a card with another one."""
+    hub.faults.append(Fault("validate-yaml", status=400))
+    with pytest.raises(DistillError, match=r"The Hub does not accept the card of the student: .*injected fault"):
+        publish(run, "tester/quick", license="no-such-license")
+    assert not hub.repos
+
+
+def test_the_card_counts_the_rows_of_all_processes(run, hub):
+    results = json.loads(run.path("results.json").read_text())
+    results["environment"]["processes"] = 4
+    run.path("results.json").write_text(json.dumps(results))
+    assert "8 rows per step" in dry_run(run, "tester/quick").card  # 2 rows of each process
+
+
 def test_publishing_without_a_token_raises_an_error(run, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(DistillError, match="No token is set"):
