@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 
@@ -97,10 +98,12 @@ def _check_parts(parts: list, column: str) -> None:
 def check_tools(example: dict) -> list | None:
     """Return the JSON schemas of functions in the column `tools`, a list or its JSON text; None if there are none.
 
+    Keys whose value is null are left out of a list, because Arrow fills absent keys with null.
+
     Raises:
         DistillError: the value is no list of mappings.
     """
-    tools = example.get("tools")
+    tools = without_none(example.get("tools"))
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None
@@ -109,6 +112,13 @@ def check_tools(example: dict) -> list | None:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _wrong_value("tools", tools, "a list of JSON schemas of functions")
     return tools
+
+
+def without_none(value: object) -> Any:
+    """Return a value without the keys of its mappings whose value is None."""
+    if isinstance(value, dict):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check_tokens(example: dict, vocab_size: int) -> tuple[list[int], list[int] | None, list[list[int]]]:

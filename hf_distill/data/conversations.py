@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import DistillError, require_package
+from .checks import without_none
 
 logger = logging.get_logger(__name__)
 
@@ -207,7 +208,7 @@ class Conversations:
 
     def normalize(self, messages: Sequence[dict]) -> list[dict]:
         """Return messages without the None values of Arrow, and with text parts joined if the template needs text."""
-        plain = [_without_none(message) for message in messages]
+        plain = [without_none(message) for message in messages]
         for message in plain:
             if isinstance(message.get("content"), list) and not self.renders_parts:
                 message["content"] = "".join(part["text"] for part in message["content"])
@@ -224,9 +225,3 @@ class Conversations:
             return self.render(messages, tools)
         except DistillError:
             return None
-
-
-def _without_none(value: object) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list) else value

@@ -248,8 +248,8 @@ class _ConversationTokenizer:
         from trl.data_utils import common_prefix_length
 
         end = self.tokenizer.eos_token or ""
-        prompt_ids = self.tokenizer(prompt)["input_ids"]
-        ids = self.tokenizer(prompt + completion + ("" if completion.endswith(end) else end))["input_ids"]
+        prompt_ids = self._ids(prompt)
+        ids = self._ids(prompt + completion + ("" if completion.endswith(end) else end))
         start = common_prefix_length(prompt_ids, ids)
         if start < len(prompt_ids):
             logger.warning_once(
@@ -258,6 +258,15 @@ class _ConversationTokenizer:
                 "token boundary. This warning is logged once."
             )
         return _row(ids, [0] * start + [1] * (len(ids) - start))
+
+    def _ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, without the EOS token that some tokenizers append to every text."""
+        ids = self.tokenizer(text)["input_ids"]
+        return ids[:-1] if self._appends_eos else ids
+
+    @cached_property
+    def _appends_eos(self) -> bool:
+        return self.tokenizer("a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
 
     def from_two_prompts(self, example: dict, second: SecondPrompt) -> dict[str, list[int]]:
         if type(example.get("prompt")) is not type(example.get(second.column)):

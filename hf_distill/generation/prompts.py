@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.checks import check_messages, check_text, check_tools
+from ..data.checks import check_messages, check_text, check_tools, without_none
 from ..data.conversations import ASSISTANT, Conversations
 from ..data.roles import check_roles
 from ..errors import DistillError
@@ -72,7 +72,7 @@ def read_source(
 def _split(row: dict[str, Any]) -> tuple[str | list[dict], str | None]:
     """Return the prompt of a row and its reference completion."""
     if row.get("prompt") is None and ("messages" in row or "prompt" not in row):
-        messages = [_without_none(message) for message in check_messages(row, "messages")]
+        messages = [without_none(message) for message in check_messages(row, "messages")]
         if messages[-1]["role"] == ASSISTANT and len(messages) > 1:
             return messages[:-1], _text(messages[-1:])
         return messages, None
@@ -83,7 +83,7 @@ def _split(row: dict[str, Any]) -> tuple[str | list[dict], str | None]:
         return check_text(row, "prompt"), reference
     if row["prompt"] is None:
         raise DistillError("column prompt: found null, but it needs a text or a list of messages. Leave the row out")
-    return [_without_none(message) for message in check_messages(row, "prompt")], reference
+    return [without_none(message) for message in check_messages(row, "prompt")], reference
 
 
 def _text(completion: object) -> str | None:
@@ -92,10 +92,6 @@ def _text(completion: object) -> str | None:
         return completion
     contents = [message.get("content") for message in completion] if isinstance(completion, list) else []
     return "\n".join(contents) if contents and all(isinstance(each, str) for each in contents) else None
-
-
-def _without_none(message: dict) -> dict:
-    return {key: value for key, value in message.items() if value is not None}
 
 
 def with_system_prompt(prompt: Prompt, system_prompt: str | None) -> Prompt:

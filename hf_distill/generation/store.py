@@ -29,6 +29,7 @@ from .token_signals import SignalFile, write_signals
 
 PARTS, DATA, CARD, SET_ASIDE = ".completions", "data", "README.md", "set_aside.parquet"
 _ROWS_PER_FILE = 100_000
+_ROWS_PER_GROUP = 1_000  # `datasets` reads a group at once, and Arrow at most 2 GiB of messages
 _SCHEMA = pa.schema(
     {
         "index": pa.int64(),
@@ -143,7 +144,7 @@ class CompletionStore:
         starts = range(0, max(table.num_rows, 1), _ROWS_PER_FILE)
         for number, start in enumerate(starts):
             file = new / f"train-{number:05d}-of-{len(starts):05d}.parquet"
-            pq.write_table(table.slice(start, _ROWS_PER_FILE), file)
+            pq.write_table(table.slice(start, _ROWS_PER_FILE), file, row_group_size=_ROWS_PER_GROUP)
             flush(file)
         if data.is_dir():
             data.replace(old)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig
 
@@ -72,7 +73,7 @@ def write_recipe_cache(
     if spec.kind == "remote" and spec.api != "hidden":
         _check_served_kind(spec, options.get("kind", CACHE_KIND))
         spec = spec.model_copy(update={"top_k": options.get("k", TOP_K_IDS)})
-    cache_folder = _local_folder(recipe, folder)
+    cache_folder = local_folder(recipe, folder)
     if recipe.is_cross_tokenizer and options.get("kind") == "sampled":
         raise DistillError(
             "distill.cross_tokenizer is set, and its losses do not support a sampled cache: use --kind hidden or top_k."
@@ -92,18 +93,13 @@ def write_recipe_cache(
         "layers": layers,
         **options,
     }
-    if not hasattr(data.train, "__len__"):
-        raise DistillError(
-            "A streamed source cannot be cached, because its length is not known. Set streaming to false in all "
-            "sources."
-        )
+    parts = cached_parts(data)
     on_stage("Preparing the rows to write")
     with HangWatchdog(args.ddp_timeout).running():
         manifest = write_cache(
             cache_folder,
             teacher,
-            data.train,
-            data.held_out,
+            *parts,
             collator=collator,
             processing_class=tokenizer,
             device=args.device,
@@ -119,7 +115,7 @@ def write_recipe_cache(
     return Path(cache_folder), manifest
 
 
-def _local_folder(recipe: Recipe, folder: str | None) -> str:
+def local_folder(recipe: Recipe, folder: str | None) -> str:
     """Return the folder to write to: the given one, or that of the recipe's cached teacher.
 
     Raises:
@@ -132,6 +128,20 @@ def _local_folder(recipe: Recipe, folder: str | None) -> str:
             "uploads it to the Hub."
         )
     return local_folder
+
+
+def cached_parts(data: PreparedData) -> list[Dataset]:
+    """Return the data sets whose rows a cache holds, those of the training first.
+
+    Raises:
+        DistillError: A source is streamed.
+    """
+    if not isinstance(data.train, Dataset):
+        raise DistillError(
+            "A streamed source cannot be cached, because its length is not known. Set streaming to false in all "
+            "sources."
+        )
+    return [data.train, data.held_out]
 
 
 def _check_served_kind(spec: TeacherSpec, kind: str) -> None:

@@ -33,7 +33,7 @@ from ..teachers import FrozenTeacher
 from ..teachers.remote.api import RowTensors, TokenRow
 from ..teachers.remote.rows import token_rows
 from .datasets import PreparedData, num_training_rows
-from .model_loading import load_pretrained, resolve_model
+from .model_loading import load_pretrained, model_without_weights, resolve_model
 from .tasks import task_of
 from .teacher_only import with_teacher
 from .training_arguments import arguments
@@ -105,12 +105,6 @@ def student_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, task_of(recipe).load_processor())
 
 
-def vocabulary_size(recipe: Recipe) -> int:
-    """Return the number of ids that the model of the student's tokenizer predicts."""
-    config = load_pretrained(AutoConfig, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
-    return int(config.get_text_config().vocab_size)
-
-
 def local_source(
     recipe: Recipe,
     spec: TeacherSpec,
@@ -136,9 +130,8 @@ def local_source(
     """
     of_student = student_tokenizer(recipe)
     path = resolve_model(recipe.tokenizer_model)
-    with torch.device("meta"):
-        config = load_pretrained(AutoConfig, path, revision=recipe.tokenizer_revision)
-        student = AutoModelForCausalLM.from_config(config)
+    config = load_pretrained(AutoConfig, path, revision=recipe.tokenizer_revision)
+    student = model_without_weights(AutoModelForCausalLM, config)
     teacher = FrozenTeacher(model, processing_class=tokenizer)
     teacher.prepare(student, model.device, of_student)
     scorer = LocalScorer(teacher, capture, model.device)

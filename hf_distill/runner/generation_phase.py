@@ -23,7 +23,7 @@ from ..generation.store import read_facts
 from ..recipe.generation import Generation
 from ..recipe.schema import Recipe
 from ..teachers.loading import env_world_size
-from .complete_data import GeneratedData, request_of
+from .complete_data import GeneratedData, complete_data, request_of
 from .generate import generate_data, read_prompts_of
 from .generated_sources import generation_rows, seed_of
 
@@ -52,7 +52,8 @@ def generate_sources(
         prompts = read_prompts_of(recipe, options, name, select=select)
         _check_references(recipe, name, prompts)
         _check_loss_weight(recipe, options, name, prompts)
-        if read_facts(Path(recipe.generated_folder(name))).get("request") != request_of(recipe, options, prompts):
+        request = request_of(recipe, options, prompts)
+        if complete_data(Path(recipe.generated_folder(name)), recipe, options, request) is None:
             missing[name] = prompts
     if missing and env_world_size() > 1:
         raise DistillError(

@@ -29,13 +29,8 @@ from ..recipe.models import TeacherSpec
 from ..recipe.schema import Recipe
 from ..teachers.loading import direct_loading, dtype_of, quantization_config
 from ..teachers.remote.pool import ServerPool
-from .generation_cache import (
-    CacheSource,
-    local_source,
-    student_tokenizer,
-    vocabulary_size,
-)
-from .model_loading import load_pretrained, resolve_model
+from .generation_cache import CacheSource, local_source, student_tokenizer
+from .model_loading import check_and_pin, load_pretrained, resolve_model, trust_options, vocabulary_size
 from .teacher_only import static_teacher_spec, with_teacher
 
 logger = logging.get_logger(__name__)
@@ -82,7 +77,8 @@ def server_setup(recipe: Recipe, options: Generation, sources: Sequence[SourceRo
         {"kind": "remote", "url": options.url, "model": backend.model, "top_k": capture.k}
     )
     training = validate(with_teacher(recipe, spec))
-    tokenizer, vocab_size = student_tokenizer(training), vocabulary_size(training)
+    tokenizer = student_tokenizer(training)
+    vocab_size = vocabulary_size(training.tokenizer_model, training.tokenizer_revision)
     rendered = _render(recipe, options, sources, tokenizer)
     served = ServerCapture(pool, backend.model, capture, vocab_size, rendered.encode)
     served.check(tokenizer)
@@ -143,7 +139,8 @@ def local_setup(
     on_stage(f"Loading {spec.loaded_model}")
     settings, encode = _settings(options), rendered.encode
     if options.backend == "vllm":
-        engine = {"revision": spec.revision, "dtype": spec.dtype, "max_num_seqs": options.batch_size}
+        engine = _vllm_options(spec, path, options)
+        identity["revision"] = engine["revision"]
         vocab_size = int(config.get_text_config().vocab_size)
         vllm = VLLMBackend(path, engine, encode, settings, identity, capture, vocab_size)
         source = None
@@ -161,6 +158,27 @@ def local_setup(
         prompt = rendered.ids[fitting_sources[0].prompt.index]
         source = local_source(recipe, spec, model, tokenizer, prompt, capture, backend.batching)
     return Setup(fitting_sources, rendered.opened, backend, source)
+
+
+def _vllm_options(spec: TeacherSpec, path: str, options: Generation) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM`: the commit that was checked, and the weights and code that the policy allows.
+
+    Raises:
+        DistillError: The recipe sets an option of the teacher that vLLM does not get, or the policy does not allow the
+            files of the model.
+    """
+    if unused := [name for name in ("quantization", "device_map", "attn_implementation") if getattr(spec, name)]:
+        raise DistillError(
+            f"generate.backend vllm does not use teacher.{', teacher.'.join(unused)}: remove it, or use backend "
+            "transformers."
+        )
+    policy = trust_options()
+    formats = {"load_format": "safetensors"} if policy.get("use_safetensors") else {}
+    return {
+        **{"revision": spec.revision, "dtype": spec.dtype, "max_num_seqs": options.batch_size},
+        **{"trust_remote_code": policy["trust_remote_code"], **formats},
+        **check_and_pin(path, spec.revision, weights=False),
+    }
 
 
 def _is_open(renderer: PromptRenderer, prompt: Prompt, options: Generation) -> bool:

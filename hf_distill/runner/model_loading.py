@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 from uuid import uuid4
 
+import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -147,6 +148,22 @@ def trust_options() -> dict[str, bool]:
     """Return the arguments of from_pretrained by which the policy applies to the weights of a model."""
     policy = _POLICY.get()
     return {"trust_remote_code": policy.remote_code} | ({} if policy.pickles else {"use_safetensors": True})
+
+
+def model_without_weights(kind: type[_BaseAutoModelClass], config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model on the meta device, of Python code of its repository if the policy allows that.
+
+    Args:
+        kind: An auto class of models.
+        config: The config of the model.
+    """
+    with torch.device("meta"):
+        return kind.from_config(config, trust_remote_code=_POLICY.get().remote_code)
+
+
+def vocabulary_size(reference: str, revision: str | None) -> int:
+    """Return the number of ids that a language model predicts, from its config."""
+    return int(load_pretrained(AutoConfig, reference, revision=revision).get_text_config().vocab_size)
 
 
 def load_tokenizer_if_any(reference: str, revision: str | None) -> PreTrainedTokenizerBase | None:

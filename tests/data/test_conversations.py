@@ -6,6 +6,7 @@ from transformers import ByT5Tokenizer
 
 from hf_distill import DistillError
 from hf_distill.data import tokenize_dataset
+from hf_distill.data.checks import check_tools
 from hf_distill.data.conversations import Conversations
 from hf_distill.data.training_templates import PROBES, training_template
 from hf_distill.recipe.smoke import byte_tokenizer
@@ -231,6 +232,16 @@ def test_keys_filled_with_null_by_arrow_are_removed(smollm2_tokenizer):
     assert smollm2_tokenizer.decode(ids) == (
         "content role;role tool_calls[{'function': {'name': 'f', 'arguments': {'a': 1}}}];"
     )
+
+
+def test_keys_of_tools_that_arrow_filled_with_null_are_removed(smollm2_tokenizer):
+    """The columns of a data set have one type, so that each tool gets the parameters of all tools."""
+    tools = [
+        {"function": {"name": name, "parameters": {"properties": {parameter: {"type": "string"}}}}}
+        for name, parameter in (("f", "a"), ("g", "b"))
+    ]
+    rows = Dataset.from_list([{"messages": CHAT, "tools": [tool]} for tool in tools])
+    assert [check_tools(row) for row in rows] == [[tool] for tool in tools]
 
 
 def test_exceptions_of_a_template_become_one_error(smollm2_tokenizer):

@@ -75,6 +75,18 @@ def test_prompts_are_no_targets_and_completions_end_with_eos(tokenizer):
     assert ended == row
 
 
+def test_a_tokenizer_that_appends_eos_adds_no_second_one(caplog):
+    from tokenizers.processors import TemplateProcessing
+
+    appending = byte_tokenizer()
+    end, end_id = appending.eos_token, appending.eos_token_id
+    appending._tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, end_id)])
+    assert appending("a")["input_ids"][-1] == end_id
+    example = {"prompt": "The capital is", "completion": " Paris."}
+    assert one(example, appending) == one(example, byte_tokenizer())
+    assert "The last tokens of a prompt change" not in caplog.text
+
+
 def test_prompts_of_conversations_are_no_targets(tokenizer):
     row = one({"prompt": CHAT[:3], "completion": CHAT[3:]}, tokenizer)
     assert row["input_ids"] == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]

@@ -118,6 +118,19 @@ def test_a_refused_request_names_the_row_and_what_to_do(change, message, server)
         run(backend_of(server, **change), prompts_of(1))
 
 
+def test_a_call_of_a_tool_is_an_error_and_not_repeated(server):
+    """A server with a parser of tool calls returns them apart from the text, with a finish_reason of their own."""
+
+    def call(answer):
+        message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+        return {**answer, "choices": [{**answer["choices"][0], "message": message, "finish_reason": "tool_calls"}]}
+
+    server.faults.append(Fault(CHAT_PATH, change=call))
+    with pytest.raises(DistillError, match=r"data.task, row 0 \(counted from 0\), is a call of a tool.*backend transf"):
+        run(backend_of(server, concurrency=1), prompts_of(1, chat=True))
+    assert len(server.bodies(CHAT_PATH)) == 1
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_server_without_log_probabilities_leaves_them_empty(chat, server):
     server.has_log_probs = False

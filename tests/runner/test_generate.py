@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from hf_distill.recipe.data import Source
 from hf_distill.recipe.load import load_recipe
 from hf_distill.recipe.smoke import byte_tokenizer
 from hf_distill.runner.generate import generate_data
-from hf_distill.runner.model_loading import resolve_model
+from hf_distill.runner.model_loading import LoadPolicy, load_policy, resolve_model
 from hf_distill.runner.tasks import task_of
 
 CONVERSATIONS = [
@@ -268,6 +269,57 @@ def test_a_changed_function_of_the_user_filters_a_complete_data_set_again(recipe
     file.write_text("def judge(row):\n    return row['row'] > 2\n")
     monkeypatch.delitem(sys.modules, "judge_that_changes")
     assert generate_data(recipe_of(TEXTS, **options), str(tmp_path / "out"), resume=True).rows == 2
+
+
+def vllm_engines(monkeypatch):
+    """Replace vLLM by a module whose engine completes nothing; return the arguments of each engine."""
+    engines = []
+
+    def engine(**options):
+        engines.append(options)
+        raise InterruptedError
+
+    module = SimpleNamespace(LLM=engine, SamplingParams=dict, __spec__=object())
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return engines
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (LoadPolicy(), {"trust_remote_code": False, "load_format": "safetensors"}),
+        (LoadPolicy(remote_code=True, pickles=True), {"trust_remote_code": True}),
+    ],
+)
+def test_vllm_loads_what_the_policy_allows_at_the_commit_that_was_checked(
+    policy, expected, hub, recipe_of, monkeypatch
+):
+    engines = vllm_engines(monkeypatch)
+    folder = Path(resolve_model("smoke:llama/teacher"))
+    commit = hub.put("models", "org/teacher", {file.name: file.read_bytes() for file in folder.iterdir()})
+    recipe = recipe_of(TEXTS, changes=["teacher.model=org/teacher"], backend="vllm", batching=None)
+    with load_policy(policy), pytest.raises(InterruptedError):
+        generate_data(recipe, "out")
+    assert engines == [{"model": "org/teacher", "revision": commit, "dtype": "auto", "max_num_seqs": 64, **expected}]
+
+
+@pytest.mark.parametrize("option", ["quantization=nf4", "device_map=auto", "attn_implementation=eager"])
+def test_options_of_the_teacher_that_vllm_does_not_get_are_refused(option, recipe_of, tmp_path, monkeypatch):
+    engines = vllm_engines(monkeypatch)
+    recipe = recipe_of(TEXTS, changes=[f"teacher.{option}"], backend="vllm", batching=None)
+    with pytest.raises(DistillError, match=f"backend vllm does not use teacher.{option.partition('=')[0]}: remove it"):
+        generate_data(recipe, str(tmp_path / "out"))
+    assert not engines
+
+
+def test_a_file_has_groups_of_rows_that_can_be_read_at_once(recipe_of, tmp_path, monkeypatch):
+    """A group with more than 2 GiB of conversations can be written, and not be read."""
+    monkeypatch.setattr("hf_distill.generation.store._ROWS_PER_GROUP", 2)
+    generate_data(recipe_of(CONVERSATIONS), str(tmp_path / "out"))
+    (file,) = (tmp_path / "out" / "data").iterdir()
+    metadata = pq.ParquetFile(file).metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [2, 2, 1]
+    assert [row["row"] for row in rows_of(tmp_path / "out")] == [*range(5)]
 
 
 def test_a_folder_with_other_files_is_refused_before_the_teacher_is_loaded(recipe_of, tmp_path, without_teacher):

@@ -1,6 +1,7 @@
 """Sources with `generate: true`: a run generates their completions first, and trains on them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,19 @@ def test_runs_share_a_data_set_and_one_of_another_recipe_is_refused(recipe_of, t
     assert "shared/task held a data set that was written from these completions" in caplog.text
     assert [count.label for count in data.counts] == ["length"]
     assert generate_sources(recipe_of(shared, "generate.filters=[{name: length, max_tokens: 6}]")) == []
+
+
+def test_a_changed_function_filters_the_completions_of_a_run_again(recipe_of, tmp_path, monkeypatch):
+    file = tmp_path / "judge_of_runs.py"
+    file.write_text("def judge(row):\n    return True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = recipe_of("generate.filters=[{name: function, function: 'judge_of_runs:judge'}]")
+    (data,) = generate_sources(recipe)
+    assert (data.rows, generate_sources(recipe)) == (16, [])
+    file.write_text("def judge(row):\n    return row['sample'] == 0\n")
+    monkeypatch.delitem(sys.modules, "judge_of_runs")
+    (data,) = generate_sources(recipe)
+    assert data.rows == 8
 
 
 def test_other_weights_in_the_folder_of_the_teacher_are_noticed(recipe_of, tmp_path):

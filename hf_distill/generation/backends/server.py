@@ -137,6 +137,12 @@ class ServerBackend:
             )
         except RequestRefused as error:
             raise DistillError(self._explain(error, request)) from None
+        if completion is None:
+            raise DistillError(
+                f"The answer to the prompt of data.{prompt.source}, row {prompt.row} (counted from 0), is a call of a "
+                "tool, and a generated data set holds texts: use generate.backend transformers or vllm, which write "
+                "the call as the text that the model generates, or remove the column tools."
+            )
         on_tokens(completion.tokens)
         return completion
 
@@ -155,7 +161,8 @@ class ServerBackend:
             return f"{where}: {error}. Set generate.log_probs to false, if the server returns no log-probabilities."
         return f"{where}: {error}."
 
-    def _parse(self, answer: Any, request: Request, is_chat: bool) -> Completion:
+    def _parse(self, answer: Any, request: Request, is_chat: bool) -> Completion | None:
+        """Return the completion in an answer; None if it is the call of a tool, which has no text."""
         try:
             (choice,) = answer["choices"]
             text = self._text(choice["message"]) if is_chat else choice["text"]
@@ -163,6 +170,8 @@ class ServerBackend:
             tokens = answer["usage"]["completion_tokens"]
         except (TypeError, LookupError, ValueError) as error:
             raise MalformedAnswer(f"it is no completion ({type(error).__name__}: {error})") from None
+        if reason == "tool_calls":
+            return None
         if not isinstance(text, str) or type(tokens) is not int:
             raise MalformedAnswer("it has no text, or no usage.completion_tokens")
         if reason not in _FINISH_REASONS:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...cache import Manifest
 from ...cache.api import PACKAGES, CacheOptions
@@ -25,7 +25,6 @@ from ...core.files import atomic_path
 from ...core.json_types import JSONObject
 from ...core.logits import SparseLogProbs
 from ...core.processes import run_on_main
-from ...core.references import reference_kind
 from ...core.server_urls import without_servers
 from ...core.signals import FeatureKey, Signals
 from ...core.targets import FeatureTokens, Targets
@@ -33,8 +32,9 @@ from ...errors import DistillError
 from ...recipe.schema import Recipe
 from ...recipe.tasks import require_text_generation
 from ...teachers.remote.rows import token_rows
+from ..cache_writer import cached_parts, local_folder
 from ..datasets import PreparedData, num_training_rows, prepare_data
-from ..model_loading import load_pretrained
+from ..model_loading import load_pretrained, vocabulary_size
 from ..training_arguments import arguments
 from .distillkit import DistillKitFile
 from .matching import Matches, RowIndex, match_records, row_key
@@ -136,11 +136,11 @@ def import_cache(
     with args.main_process_first():
         data = prepare_data(recipe, tokenizer, args.seed, num_training_rows(args))
     vocab_size = chosen.vocab_size or (recipe.teacher.vocab_size if recipe.teacher else None)
-    vocab_size = vocab_size or _vocab_size(recipe.tokenizer_model, recipe.tokenizer_revision)
+    vocab_size = vocab_size or vocabulary_size(recipe.tokenizer_model, recipe.tokenizer_revision)
     sources = [_open(Path(file), chosen, tokenizer) for file in files]
     on_stage("Preparing the rows to write")
     batch_size, shard_rows = args.per_device_train_batch_size, chosen.shard_rows
-    plan, counts = plan_shards(_parts(data), _collate_token_inputs(data), batch_size, shard_rows, _SHIFT)
+    plan, counts = plan_shards(cached_parts(data), _collate_token_inputs(data), batch_size, shard_rows, _SHIFT)
     index = RowIndex(plan, _SHIFT)
     matches = match_records(
         sources, index, vocab_size, chosen.k, chosen.allow_unused, lambda i: on_stage(f"Checking {files[i]}")
@@ -204,7 +204,7 @@ def write_texts(
     _check_files(files, is_optional=False)
     on_stage(f"Loading the tokenizer of {model}")
     tokenizer = load_pretrained(AutoTokenizer, model, revision=revision)
-    vocab_size = chosen.vocab_size or _vocab_size(model, revision)
+    vocab_size = chosen.vocab_size or vocabulary_size(model, revision)
 
     def texts() -> Iterator[np.ndarray]:
         for file in files:
@@ -262,10 +262,7 @@ def _check_recipe(recipe: Recipe, folder: str | None) -> str:
             "at temperature 1, from which others cannot be computed. Set distill.temperature to 1, also with "
             "--set distill.temperature=1."
         )
-    to = folder or (spec.path if spec.kind == "cached" else None)
-    if to is None or reference_kind(to) == "address":
-        raise DistillError("A cache is written to a local folder, and none is given. Pass one with -o.")
-    return to
+    return local_folder(recipe, folder)
 
 
 def _check_files(files: Sequence[str], is_optional: bool) -> None:
@@ -282,20 +279,6 @@ def _open(path: Path, options: ImportOptions, tokenizer: PreTrainedTokenizerBase
             raise DistillError(f"{path} is a folder: pass its JSON Lines files.")
         return VLLMFile(path, tokenizer)
     return DistillKitFile(path, None if options.compression is None else Path(options.compression))
-
-
-def _vocab_size(model: str, revision: str | None) -> int:
-    """Return the number of ids that a model predicts."""
-    return int(load_pretrained(AutoConfig, model, revision=revision).get_text_config().vocab_size)
-
-
-def _parts(data: PreparedData) -> list:
-    if not hasattr(data.train, "__len__"):
-        raise DistillError(
-            "A streamed source cannot be cached, because its length is not known. Set streaming to false in all "
-            "sources."
-        )
-    return [data.train, data.held_out]
 
 
 def _collate_token_inputs(data: PreparedData) -> Callable[[list], dict]:
