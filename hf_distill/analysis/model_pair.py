@@ -22,6 +22,7 @@ from ..models.model_types import model_type_of
 from ..models.module_state import eval_mode
 from ..recipe.downloads import smoke_run
 from ..recipe.schema import Recipe
+from ..runner.model_loading import load_pretrained
 from ..runner.run_results import Run
 from ..runner.teacher_only import load_teacher_and_data
 from ..teachers import CrossTokenizerTeacher, TrimmedVocabularyTeacher
@@ -193,7 +194,7 @@ class ModelPair:
 
 def load_model(folder: str | Path, device: torch.device) -> nn.Module:
     """Load a model that a run saved, adapters with their base model, in eval mode."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(str(folder))
+    model: nn.Module = load_pretrained(AutoModelForCausalLM, str(folder))
     return model.to(device).requires_grad_(False).eval()
 
 

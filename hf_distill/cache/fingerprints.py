@@ -16,15 +16,21 @@ _PROBE = "The quick brown fox, 1234: naïve façade?\n\tdef f(x): return x"
 
 
 @torch.no_grad()
-def weights_fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module, only_frozen: bool = False) -> str:
     """Return a checksum of evenly spaced values of each parameter, also of a quantized or sharded model.
 
     Sharding does not change it. All processes must call it; each sharded parameter is gathered temporarily. Of
     parameters that a device map has offloaded, only name and shape are read.
+
+    Args:
+        model: the model.
+        only_frozen: whether parameters that are trained are left out.
     """
     digest = hashlib.sha256()
     named = {uncompiled_name(name): parameter for name, parameter in unwrap_parallel(model).named_parameters()}
     for name, parameter in sorted(named.items()):
+        if only_frozen and parameter.requires_grad:
+            continue
         with gathered([parameter]):
             value = full_tensor(parameter).detach()
             if hasattr(value, "__tensor_flatten__"):  # a quantized weight of torchao, which cannot be flattened

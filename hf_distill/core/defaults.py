@@ -14,6 +14,7 @@ PROJECTOR_INIT: Final = "auto"
 SPAN_LENGTH_TOKENS = 3
 
 # Training.
+TRAINING_SEED = 42  # of TrainingArguments
 MAX_CONSECUTIVE_NONFINITE_STEPS = 5
 
 # Pruned students.

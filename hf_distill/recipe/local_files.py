@@ -103,7 +103,7 @@ def _referenced_names(values: JSON) -> Iterator[tuple[str, str, _Kind]]:
             specs[f"{location}.source"] = _mapping(item).get("source")
     for location, spec in specs.items():
         spec = _mapping(spec)
-        keys = ("model", "path") if spec.get("kind") == "snapshot" else ("model",)
+        keys = {"snapshot": ("model", "path"), "remote": ()}.get(str(spec.get("kind")), ("model",))
         yield from ((f"{location}.{key}", name, "model") for key in keys if isinstance(name := spec.get(key), str))
         if isinstance(name := spec.get("tokenizer"), str):
             yield f"{location}.tokenizer", name, "tokenizer"

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ..core.defaults import TRAINING_SEED
 from ..core.json_types import JSONObject
 from ..core.run_files import GENERATED
 from ..core.strict_model import StrictModel
@@ -111,7 +112,9 @@ def stage_values(recipe: "Recipe", number: int, teacher: str | None = None) -> J
     result["train"] = {**train, **stage.get("train", {}), "output_dir": f"{train['output_dir']}/stage-{number}"}
     result |= _generated_values(recipe)
     if number > 1:
-        result["train"].setdefault("data_seed", (42 if train.get("seed") is None else train["seed"]) + number - 1)
+        result["train"].setdefault(
+            "data_seed", (TRAINING_SEED if train.get("seed") is None else train["seed"]) + number - 1
+        )
         first = values["teacher"]
         placement = {name: first[name] for name in _PLACEMENT_FIELDS if first.get(name)}
         path = teacher or f"{train['output_dir']}/stage-{number - 1}/student"

@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..cache.fingerprints import weights_fingerprint
+from ..core.files import checksum_of
 from ..core.json_types import JSONObject
 from ..core.processes import is_alone
 from ..core.results import DataFacts
 from ..errors import DistillError
 from ..recipe.schema import Recipe
-from ..teachers import FrozenTeacher, RemoteTeacher, Teacher
+from ..teachers import CachedTeacher, FrozenTeacher, RemoteTeacher, Teacher
 from ..teachers.group import TeacherGroup
 
 # Keys of a recipe that describe its origin.
@@ -87,12 +89,13 @@ def launch_values() -> JSONObject:
     return {_PROCESSES: 1 if is_alone() else torch.distributed.get_world_size()}
 
 
-def content_values(data: DataFacts, teacher: Teacher | None) -> dict[str, str]:
-    """Return checksums of the rows and of the weights of frozen teachers, which change the result of a run.
+def content_values(data: DataFacts, teacher: Teacher | None, adapted: nn.Module | None = None) -> dict[str, str]:
+    """Return checksums of what a run reads and no checkpoint holds: rows, teachers, the model below adapters.
 
     Args:
         data: `PreparedData.facts`.
         teacher: The prepared teacher. All processes must call this if it is sharded.
+        adapted: The student if it has adapters; None for another student, whose weights are in each checkpoint.
     """
     checksums = {"training rows": data.get("train_fingerprint"), "held-out rows": data.get("eval_fingerprint")}
     teachers = teacher.teachers if isinstance(teacher, TeacherGroup) else {"": teacher}
@@ -104,6 +107,11 @@ def content_values(data: DataFacts, teacher: Teacher | None) -> dict[str, str]:
             summary = one.summary()
             checksums[f"model on the server of the teacher {name}".strip()] = summary.get("model")
             checksums[f"weights of the teacher {name}".strip()] = summary.get("weights")
+        elif isinstance(one, CachedTeacher):
+            digests = {entry["file"]: entry["sha256"] for entry in one.manifest.files}
+            checksums[f"cache of the teacher {name}".strip()] = checksum_of(digests)
+    if adapted is not None:
+        checksums["weights of the student below its adapters"] = weights_fingerprint(adapted, only_frozen=True)
     return {_CONTENT + key: value for key, value in checksums.items() if value}
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..core.defaults import TRAINING_SEED
 from ..core.io import write_json
 from ..core.references import reference_kind
 from ..core.run_files import GENERATED_DATA, GENERATION
@@ -12,12 +13,10 @@ from ..errors import DistillError
 from ..generation.store import read_facts
 from ..recipe.schema import Recipe
 
-_DEFAULT_SEED = 42  # of TrainingArguments
-
 
 def seed_of(recipe: Recipe) -> int:
     """Return the seed of the held-out split."""
-    return _DEFAULT_SEED if recipe.train.seed is None else int(recipe.train.seed)
+    return TRAINING_SEED if recipe.train.seed is None else int(recipe.train.seed)
 
 
 def generation_rows(recipe: Recipe, count: int, seed: int) -> list[int]:

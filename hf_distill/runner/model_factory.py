@@ -251,9 +251,9 @@ class ModelFactory:
         )
         buffers = dict(merged.named_buffers()).keys()
         check_finite(merged.state_dict(), folder, owner="the merged student", advice=advice, buffers=buffers)
-        for file in folder.glob("adapter_*"):
-            file.unlink()
         merged.save_pretrained(folder)
+        for file in folder.glob("adapter_*"):  # not before the model is written, which may fail
+            file.unlink()
 
     def _base_student(self, rows: Examples, quantization: str | None, unsharded: bool = False) -> nn.Module:
         """Load the student without adapters; with `unsharded` it is on the CPU and not sharded over the processes."""

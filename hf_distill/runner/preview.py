@@ -2,6 +2,7 @@
 
 from ..core.defaults import PREVIEWED_ROWS
 from ..recipe.schema import Recipe
+from .generated_sources import seed_of
 from .tasks import task_of
 from .tasks.previews import Preview
 
@@ -18,4 +19,4 @@ def preview_rows(recipe: Recipe, rows: int = PREVIEWED_ROWS) -> list[Preview]:
     Raises:
         DistillError: An input is invalid.
     """
-    return task_of(recipe).preview(42 if recipe.train.seed is None else recipe.train.seed, rows)
+    return task_of(recipe).preview(seed_of(recipe), rows)

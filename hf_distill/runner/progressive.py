@@ -121,7 +121,7 @@ def _by_vocabulary(recipe: Recipe, students: dict[str, Path]) -> list[tuple[Reci
     Any stage may trim the vocabulary of its student.
     """
     full = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision).get_vocab()
-    vocabularies = {name: AutoTokenizer.from_pretrained(folder).get_vocab() for name, folder in students.items()}
+    vocabularies = {name: load_pretrained(AutoTokenizer, str(folder)).get_vocab() for name, folder in students.items()}
     if all(vocabulary == full for vocabulary in vocabularies.values()):
         return [(recipe, students)]
     groups = dict[tuple[tuple[str, int], ...], dict[str, Path]]()
@@ -178,12 +178,19 @@ def _write_outputs(recipe: Recipe, folder: Path, parts: dict[str, Recipe], model
 
 
 def _copy_with_hard_links(source: Path, target: Path) -> None:
-    """Copy a folder atomically by hard links. An existing target was written by this chain and is kept."""
+    """Copy a folder atomically, by hard links if possible. An existing target was written by this chain and is kept."""
     if target.is_dir():
         return
     with atomic_path(target) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted copy
-        shutil.copytree(source, temporary, copy_function=os.link)
+        shutil.copytree(source, temporary, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def _layers_kept(student: ModelFacts) -> list[int] | None:

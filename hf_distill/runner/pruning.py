@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..core import run_files
 from ..core.io import damage_reported, read_json, write_json
@@ -21,6 +21,7 @@ from ..models.pruning import block_influence, cut_student, top_layers
 from ..models.vocabulary import trim_model
 from ..models.width_pruning import keep_units, pruned_config, select_units
 from ..recipe.from_teacher import FromTeacher
+from .model_loading import model_without_weights
 
 
 class Pruner:
@@ -119,7 +120,7 @@ class Pruner:
             yield {"input_ids": ids if self.kept_ids is None else torch.tensor(self.kept_ids)[ids]}
 
 
-def check_widths(cut: FromTeacher, auto_class: type, config: PretrainedConfig) -> None:
+def check_widths(cut: FromTeacher, auto_class: type[_BaseAutoModelClass], config: PretrainedConfig) -> None:
     """Check the widths of a pruned student with the config of its teacher, before any weights are loaded.
 
     Args:
@@ -130,8 +131,7 @@ def check_widths(cut: FromTeacher, auto_class: type, config: PretrainedConfig) -
     Raises:
         DistillError: A width is not possible for this teacher.
     """
-    with torch.device("meta"):
-        teacher = cast(Any, auto_class).from_config(config)
+    teacher = model_without_weights(auto_class, config)
     pruned_config(teacher, PrunedShape(layers=tuple(sorted(cut.layers)) if cut.layers else None, **cut.widths()))
 
 

@@ -27,7 +27,7 @@ from ..models.model_types import unwrap_model
 from ..models.quantized_training import prepare_quantized_student
 from ..recipe.schema import Recipe
 from ..teachers import NullTeacher
-from ..teachers.loading import zero3_init_context
+from ..teachers.loading import env_world_size, zero3_init_context
 from ..trainer.config import DistillArguments, DistillConfig
 from ..trainer.packed_batches import PackedAttentionCheck
 from ..trainer.trainer import DistillTrainer
@@ -39,7 +39,7 @@ from .early_stopping import EarlyStopping
 from .export import export_teachers, teacher_metrics
 from .generated_sources import record_generated_data
 from .model_factory import ModelFactory, check_launch
-from .model_loading import load_teacher_tokenizers, resolve_model
+from .model_loading import load_teacher_tokenizers, model_without_weights, resolve_model
 from .on_policy import prepare_prompts
 from .provenance import provenance
 from .quantized_student import FULL_PRECISION, export_quantized, scheme_of, weights_folder
@@ -81,6 +81,12 @@ def run_single(
     """
     check_launch(recipe)
     args = arguments(recipe)
+    is_spread = any(spec.device_map for spec in recipe.all_teachers)
+    if env_world_size() == 0 and not is_spread and (count := torch.accelerator.device_count()) > 1:
+        on_stage(
+            f"The student is trained on {args.device}, one of {count}: `torchrun --nproc_per_node {count} -m "
+            "hf_distill run RECIPE` trains on all of them"
+        )
     watch = HangWatchdog(args.ddp_timeout)
     with run_folder(recipe, resume) as folder:
         evidence = read_results(folder / run_files.RESULTS) if resume else {}
@@ -240,8 +246,9 @@ class RunContext:
     def train(self, trainer: DistillTrainer, name: str) -> float:
         """Train a student and save it as RUN/name; return the training time in seconds."""
         checkpoint = trainer.newest_checkpoint()
-        data = self.control_data.facts() if name == "control" else self.facts["data"]
-        content = content_values(data, trainer.teacher)
+        has_own_data = name == "control" and self.control_data is not self.data
+        data = self.control_data.facts() if has_own_data else self.facts["data"]
+        content = content_values(data, trainer.teacher, trainer.model if self.recipe.student.lora else None)
         if checkpoint is not None:
             check_same_content(checkpoint, content)
         self.record.values |= content
@@ -321,8 +328,8 @@ class RunContext:
     def _size(self, model: nn.Module) -> ModelFacts:
         """Return the size of the full model, without adapters, however it is quantized or sharded."""
         config = unwrap_model(model).config
-        with zero3_init_context(None), torch.device("meta"):
-            full_model = self.task.auto_class.from_config(config)
+        with zero3_init_context(None):
+            full_model = model_without_weights(self.task.auto_class, config)
         parameters = sum(p.numel() for p in full_model.parameters())
         return {"parameters": parameters, "blocks": self.task.num_blocks(full_model)}
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..core.json_types import JSONObject
@@ -15,7 +14,7 @@ from ..teachers import Teacher
 from ..trainer.config import DistillConfig
 from .datasets import PreparedData, num_training_rows
 from .model_factory import ModelFactory, check_launch
-from .model_loading import load_pretrained, load_teacher_tokenizers, resolve_model
+from .model_loading import load_pretrained, load_teacher_tokenizers, model_without_weights, resolve_model
 from .tasks import task_of
 from .training_arguments import arguments
 
@@ -85,7 +84,6 @@ def load_teacher_and_data(
     config = load_pretrained(AutoConfig, path, revision=online.tokenizer_revision)
     if task.trimming is not None:
         config.get_text_config().vocab_size = len(task.trimming.kept_ids)
-    with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(config)
+    student = model_without_weights(AutoModelForCausalLM, config)
     teacher.prepare(student, args.device, tokenizer)
     return teacher, data, tokenizer, args

@@ -41,6 +41,7 @@ def arguments(recipe: Recipe, on_policy: bool = False) -> "DistillConfig | OnPol
         raise
     except (ValueError, TypeError) as error:
         raise DistillError(f"train: {error}") from error
+    args._n_gpu = min(args.n_gpu, 1)  # a Trainer would use DataParallel, which does not work with a teacher
     args.dataloader_pin_memory &= torch.accelerator.is_available()
     if recipe.data.scheduled:
         args.train_sampling_strategy = "sequential"
@@ -55,6 +56,11 @@ def train_arguments(recipe: Recipe) -> dict[str, Any]:
     the run cannot write checkpoints.
     """
     train = recipe.train.model_dump(exclude_unset=True, exclude_none=True)  # null means the default
+    if train.get("resume_from_checkpoint"):
+        raise DistillError(
+            "train.resume_from_checkpoint is not read by a run: remove it, and pass --resume, which continues from the "
+            "newest complete checkpoint in train.output_dir."
+        )
     train = {
         key: value for key, value in train.items() if key != "push_to_hub" and not key.startswith("hub_")
     }  # the run publishes at its end

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..core.processes import is_alone
 from ..errors import RunError
 
 _HEARTBEAT_SECONDS = 1.0  # interval of heartbeats
@@ -110,7 +111,7 @@ class HangWatchdog(TrainerCallback):
         Raises:
             RunError: A collective failed because a rank died. The message names the rank.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if is_alone():
             yield
             return
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -260,7 +261,10 @@ class HangWatchdog(TrainerCallback):
             descriptions = ["all ranks wait for each other"] + [
                 f"rank {rank} at {at}" for rank, (_, _, at) in others.items()
             ]
-        return f"Rank {self._rank} has waited for {seconds:.0f} s at {where}: {'; '.join(descriptions)}."
+        return (
+            f"Rank {self._rank} has waited for {seconds:.0f} s at {where}: {'; '.join(descriptions)}. If a rank only "
+            "needs longer, such as rank 0 for preparing the data, raise train.ddp_timeout."
+        )
 
 
 _ADVICE = (

@@ -26,7 +26,7 @@ from ..models.output_head import known_output_head
 from ..models.placement import input_device
 from ..recipe.models import TeacherSpec
 from ..runner.model_factory import build_frozen_teacher
-from ..runner.model_loading import load_tokenizer_if_any, resolve_model, trust_options
+from ..runner.model_loading import load_tokenizer_if_any, model_without_weights, resolve_model
 from ..teachers.input_limits import InputLimits
 from ..teachers.pretrained import as_path, read_config
 from ..teachers.remote.api import RowTensors, TokenRow
@@ -239,8 +239,7 @@ def _model_without_weights(name: str, config: PretrainedConfig) -> PreTrainedMod
     try:
         if config.is_encoder_decoder:
             raise ValueError("it has an encoder and a decoder")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_options()["trust_remote_code"])
+        return model_without_weights(AutoModelForCausalLM, config)
     except ValueError as error:
         raise DistillError(
             f"{name} is no causal language model ({str(error).partition('.')[0]}), and only these can be served."

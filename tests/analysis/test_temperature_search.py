@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -272,6 +273,15 @@ def test_the_command_prints_a_run_with_the_best_values(tmp_path):
     first = printed["candidates"][0]
     assert (best.distill.temperature, best.distill.alpha) == (first["temperature"], first["alpha"])
     assert (tmp_path / "run-temperature" / "temperature.png").stat().st_size > 10_000
+
+
+def test_the_printed_command_can_be_pasted_into_a_shell(tmp_path):
+    student = "student={model: 'smoke:llama/student'}"
+    arguments = ["quickstart", f"train.output_dir={tmp_path / 'the run'}", "train.max_steps=4", student]
+    result = CliRunner().invoke(app, ["temperature", *arguments, "--smoke", "-t", "1", "-t", "2", "-a", "0.5"])
+    assert result.exit_code == 0, result.output
+    command = result.output.partition("Train with these values: ")[2].partition("\n")[0]
+    assert shlex.split(command)[: len(arguments) + 2] == ["hf-distill", "run", *arguments]
 
 
 class ObjectiveRecorder(TrainerCallback):

@@ -165,6 +165,11 @@ def test_tokenizers_of_teachers_follow_from_their_models():
     assert (source.loaded_model, source.tokenizer_model) == ("org/weights", "org/teacher")
 
 
+def test_the_id_of_a_served_model_may_be_a_path_of_the_server():
+    """`vllm serve /folder` serves the model under the id /folder, on another machine too."""
+    assert missing_files(values_of(teacher=REMOTE | {"model": "/models/teacher"})) == []
+
+
 def test_a_tokenizer_is_a_folder_or_an_id_as_a_model_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "models" / "tokenizer"

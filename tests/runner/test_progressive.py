@@ -1,5 +1,6 @@
 """Progressive distillation: stages run one after another, and each student is the next teacher."""
 
+import errno
 import gc
 import json
 
@@ -13,6 +14,7 @@ from hf_distill.analysis import ModelPair, open_run
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.recipe.load import recipes_by_stage, validate
 from hf_distill.recipe.stages import direct_values
+from hf_distill.runner.progressive import _copy_with_hard_links
 
 
 class StopAt(TrainerCallback):
@@ -217,3 +219,14 @@ def test_the_direct_control_has_the_total_steps_of_all_stages():
     stages = [{**CUT[0], "train": {"max_steps": 10}}, CUT[1]]
     values = VALUES | {"stages": stages, "student": stages[-1]["student"], "control": "direct"}
     assert direct_values(validate(values))["train"] == {"output_dir": "runs/x/direct", "max_steps": 13}
+
+
+def test_a_chain_ends_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    _copy_with_hard_links(tmp_path / "student", tmp_path / "copy")
+    assert (tmp_path / "copy" / "config.json").read_text() == "{}"

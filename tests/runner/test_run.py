@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_distill import DistillError
 from hf_distill.recipe import load_recipe, run_recipe
+from hf_distill.runner.model_loading import resolve_model
+from hf_distill.runner.training_arguments import arguments
 
 
 @pytest.fixture
@@ -304,6 +306,33 @@ def test_adapters_are_merged_into_the_unquantized_weights(folder, quantization):
     base = AutoModelForCausalLM.from_pretrained(adapters.config.name_or_path, dtype=merged.dtype).state_dict()
     moved = [name for name, value in merged.state_dict().items() if not torch.equal(value, base[name])]
     assert len(moved) == 14  # the linear layers that have adapters, and nothing else
+
+
+def test_adapters_are_kept_if_the_merged_model_cannot_be_written(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for role in ("teacher", "student"):
+        resolve_model(f"smoke:llama/{role}")
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        run_recipe(recipe(folder, LORA, "export=merged", "control=null"))
+    assert (folder / "student" / "adapter_model.safetensors").is_file()
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(folder, monkeypatch):
+    """Without a launcher a Trainer uses DataParallel over all of them, which does not work with a teacher."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    args = arguments(recipe(folder))
+    assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)
+
+
+def test_a_checkpoint_of_the_recipe_is_no_way_to_resume(folder):
+    with pytest.raises(DistillError, match=r"train.resume_from_checkpoint is not read.*pass --resume"):
+        run_recipe(recipe(folder, "train.resume_from_checkpoint=elsewhere/checkpoint-2"))
+    with pytest.raises(DistillError, match=r"hub_revision: the student is published on the main branch"):
+        recipe(folder, "train.push_to_hub=true", "train.hub_model_id=me/x", "train.hub_revision=v2")
 
 
 def test_a_student_with_an_adapter_base_teacher_starts_equal_to_it(folder):

@@ -13,6 +13,7 @@ from hf_distill import DistillError
 from hf_distill.core.locks import LOCK_FILE, lock_folder
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.runner import checkpoint_recipe as binding
+from hf_distill.runner.cache_writer import write_recipe_cache
 from hf_distill.runner.checkpoint_recipe import recorded_values, result_values
 from hf_distill.runner.model_loading import resolve_model
 from hf_distill.trainer.checkpoints import mark_complete
@@ -218,6 +219,53 @@ def test_every_ignored_key_is_a_key_of_train():
     free = binding._LOGGING | binding._SAVING | binding._READING | binding._EVALUATION_MEMORY
     known = packaged_schema()["properties"]["train"]["properties"].keys()
     assert known | {"self_check"} >= free
+
+
+def save_model(reference, folder, factor=1):
+    """Save a smoke model with a tokenizer, whose weights of one layer are multiplied by a factor."""
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(reference))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(factor)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve_model(reference)).save_pretrained(folder)
+
+
+def test_a_model_that_changed_below_adapters_is_refused_on_resume(tmp_path):
+    """A checkpoint of adapters does not hold the weights that they were trained on."""
+    student = tmp_path / "student"
+    save_model("smoke:llama/student", student)
+    one = partial(
+        recipe, tmp_path / "run", "student={lora: {r: 2}}", f"student.model={student}", "student.from_teacher=null"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(one(), callbacks=[Stop()])
+    save_model("smoke:llama/student", student, 5)
+    with pytest.raises(DistillError, match=r"because the weights of the student below its adapters changed"):
+        run_recipe(one(), resume=True)
+    save_model("smoke:llama/student", student)
+    run_recipe(one(), resume=True)
+
+
+def test_a_cache_that_was_written_again_by_another_teacher_is_refused_on_resume(tmp_path):
+    teacher, cache = tmp_path / "teacher", tmp_path / "cache"
+    one = partial(
+        recipe,
+        tmp_path / "run",
+        f"teacher={{kind: cached, path: {cache}, source: {{model: {teacher}}}}}",
+        "student={model: smoke:llama/student}",
+    )
+    save_model("smoke:llama/teacher", teacher)
+    write_recipe_cache(one())
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(one(), callbacks=[Stop()])
+    shutil.move(cache, tmp_path / "first")
+    save_model("smoke:llama/teacher", teacher, 5)
+    write_recipe_cache(one())
+    with pytest.raises(DistillError, match=r"because the cache of the teacher changed"):
+        run_recipe(one(), resume=True)
+    shutil.rmtree(cache)
+    shutil.move(tmp_path / "first", cache)
+    run_recipe(one(), resume=True)
 
 
 def test_rows_and_teachers_that_changed_under_the_same_name_are_refused_on_resume(tmp_path):

@@ -205,6 +205,15 @@ def test_pairs_of_texts_are_tokenized_together_and_padded(folder):
     assert data.labels == ("a", "b", "c")
 
 
+def test_a_tokenizer_without_a_padding_token_is_refused_before_the_data_is_read(folder):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("smoke:bert/student"))
+    tokenizer.pad_token = None
+    AutoModelForSequenceClassification.from_pretrained(resolve_model("smoke:bert/student")).save_pretrained("student")
+    tokenizer.save_pretrained("student")
+    with pytest.raises(DistillError, match=r"The tokenizer of student has no padding token.*tokenizer.pad_token ="):
+        run_recipe(smoke("text-classification", "run", "student.model=student", "data.task.path=none.csv"))
+
+
 def test_labels_are_numbers_of_a_csv_file_or_ids_of_the_classes_of_the_teacher(folder):
     (folder / "rows.csv").write_text("text,label\n" + "".join(f"text {i},{i % 3}\n" for i in range(12)))
     assert prepared("text-classification", "data.task={path: rows.csv}")[2].labels == ("LABEL_0", "LABEL_1", "LABEL_2")

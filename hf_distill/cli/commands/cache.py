@@ -6,7 +6,7 @@ import typer
 
 from ...core.defaults import CACHE_DTYPE, CACHE_KIND, CACHE_SEED, SAMPLES_PER_TOKEN, SHARD_ROWS, TOP_K_IDS
 from ...errors import DistillError
-from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..app import AllowPickles, Overrides, Recipe, Smoke, TrustRemoteCode, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def write(
     ] = SHARD_ROWS,
     smoke: Smoke = False,
     yes: Yes = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Write the teacher cache of a recipe; after an interruption, the same command continues."""
     from ...recipe.load import load_recipe
@@ -65,6 +67,7 @@ def write(
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     confirm_downloads(recipe, loaded, yes)
     from ...runner.cache_writer import write_recipe_cache
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
     disable_library_progress_bars()
@@ -77,7 +80,7 @@ def write(
         "seed": seed,
     }
     options |= {"shard_rows": shard_rows} | ({} if batch_size is None else {"batch_size": batch_size})
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         folder, manifest = write_recipe_cache(loaded, output, progress.log_stage, progress.update_cache, **options)
     _print_size(str(folder), manifest)
 
@@ -124,6 +127,7 @@ def import_(
     ] = SHARD_ROWS,
     smoke: Smoke = False,
     yes: Yes = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Import published log-probabilities as the top_k teacher cache of a recipe."""
     from ...recipe.load import load_recipe
@@ -131,10 +135,11 @@ def import_(
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     confirm_downloads(recipe, loaded, yes)
     from ...runner.cache_import import import_cache
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
     disable_library_progress_bars()
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code)):
         summary = import_cache(
             loaded,
             files or [],
@@ -175,13 +180,15 @@ def texts(
     format: Format = None,
     compression: Compression = None,
     vocab_size: VocabSize = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the texts of published log-probabilities as data for a recipe, for which they can then be imported."""
     from ...runner.cache_import import write_texts
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
     disable_library_progress_bars()
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code)):
         count = write_texts(
             files or [],
             output,
@@ -209,6 +216,8 @@ def verify(
     api_key_env: Annotated[
         str | None, typer.Option(help="With --teacher-url: environment variable that holds the server's API key.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Check the digest of every file of a cache, and optionally compare it with its teacher."""
     from ...cache import open_cache, verify_cache
@@ -230,11 +239,13 @@ def verify(
         )
     if against_teacher is not None:
         from ...runner.cache_writer import verify_against_teacher
+        from ...runner.model_loading import LoadPolicy, load_policy
 
         disable_library_progress_bars()
-        comparison = verify_against_teacher(
-            open_cache(str(cache_dir)), against_teacher, url=teacher_url or (), api_key_env=api_key_env
-        )
+        with load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
+            comparison = verify_against_teacher(
+                open_cache(str(cache_dir)), against_teacher, url=teacher_url or (), api_key_env=api_key_env
+            )
         out.print(
             f"The teacher's output equals the cache, byte for byte, for {comparison['identical']:.1%} of "
             f"{comparison['examples']:.0f} examples.",

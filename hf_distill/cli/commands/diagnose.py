@@ -15,7 +15,7 @@ from ...core import run_files
 from ...core.defaults import HELD_OUT_TOKENS
 from ...core.references import path_exists
 from ...errors import DistillError
-from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
+from ..app import AllowPickles, AsJson, RunFolder, TrustRemoteCode, app, disable_library_progress_bars, out
 
 if TYPE_CHECKING:
     from ...analysis.agreement import Part
@@ -32,6 +32,8 @@ def diagnose(
         int, typer.Option(min=1, help="Read batches up to this number of held-out tokens.")
     ] = HELD_OUT_TOKENS,
     as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Compare student and teacher over held-out tokens, and name what went wrong, with advice."""
     from ...runner.run_results import open_run
@@ -48,9 +50,10 @@ def diagnose(
     from ...analysis.diagnosis import diagnose as diagnose_pair
     from ...analysis.model_pair import ModelPair
     from ...core.io import read_json, write_json
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         pair = ModelPair.of_run(opened, name, progress.log_stage)
         if name == "control" and opened.recipe.control == "sft":
             pair = replace(pair, alpha=0.0)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ...core.defaults import DRAFT_NEW_TOKENS, DRAFT_PROMPTS, DRAFTED_TOKENS
 from ...core.pruned_sizes import millions
-from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
+from ..app import AllowPickles, AsJson, RunFolder, TrustRemoteCode, app, disable_library_progress_bars, out
 
 if TYPE_CHECKING:
     from ...analysis.draft import DraftMeasurement
@@ -27,6 +27,8 @@ def draft(
         int, typer.Option(min=1, help="Tokens that are drafted for each forward pass of the teacher.")
     ] = DRAFTED_TOKENS,
     as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Measure the student as a draft model of its teacher: accepted tokens and speed of speculative decoding."""
     from ...runner.run_results import open_run
@@ -36,9 +38,10 @@ def draft(
     out.quiet |= as_json
     disable_library_progress_bars()
     from ...analysis.draft import measure_drafts_of
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = measure_drafts_of(opened, prompts, new_tokens, drafted_tokens, progress.log_stage)
     if as_json:
         sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")

@@ -15,7 +15,17 @@ from ...core import run_files
 from ...core.defaults import HELD_OUT_TOKENS, NUM_CANDIDATE_IDS
 from ...core.references import path_exists
 from ...errors import DistillError
-from ..app import AsJson, Overrides, Smoke, Yes, app, disable_library_progress_bars, out
+from ..app import (
+    AllowPickles,
+    AsJson,
+    Overrides,
+    Smoke,
+    TrustRemoteCode,
+    Yes,
+    app,
+    disable_library_progress_bars,
+    out,
+)
 from ..confirm import confirm_downloads
 
 if TYPE_CHECKING:
@@ -41,6 +51,8 @@ def inspect_command(
     smoke: Smoke = False,
     yes: Yes = False,
     as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Measure a teacher's soft labels: entropy, mass, likeliest tokens, effect of T, suitable caches."""
     from ...recipe.load import load_recipe
@@ -60,9 +72,10 @@ def inspect_command(
     from ...analysis.inspector import inspect_teacher
     from ...analysis.model_pair import ModelPair
     from ...core.io import write_json
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         pair = (
             ModelPair.of_run(run, None, progress.log_stage) if run else ModelPair.of_recipe(loaded, progress.log_stage)
         )

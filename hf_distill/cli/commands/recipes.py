@@ -14,7 +14,7 @@ from rich.text import Text
 from ...core.defaults import PREVIEWED_ROWS
 from ...core.references import is_file
 from ...errors import DistillError
-from ..app import Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..app import Overrides, Recipe, Smoke, TrustRemoteCode, Yes, app, disable_library_progress_bars, out
 from ..confirm import confirm_downloads
 from ..terminal import write_text
 
@@ -115,16 +115,20 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = PREVIEWED_ROWS,
     smoke: Smoke = False,
     yes: Yes = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show the first training rows of a recipe, with target tokens in green, or between «» without a terminal."""
     from ...recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [], smoke=smoke)
     confirm_downloads(recipe, loaded, yes)
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ...runner.preview import preview_rows
 
     disable_library_progress_bars()
-    for document in preview_rows(loaded, rows):
+    with load_policy(LoadPolicy(trust_remote_code)):
+        documents = preview_rows(loaded, rows)
+    for document in documents:
         out.print(f"row {document.row} · {document.source} · {document.counts}", style="bold", highlight=False)
         if out.is_terminal:
             out.print(Text.assemble(*((text, "green" if is_target else "dim") for text, is_target in document.spans)))

@@ -6,7 +6,7 @@ import typer
 
 from ...core import run_files
 from ...core.defaults import SAMPLE_TOKENS
-from ..app import RunFolder, app, disable_library_progress_bars, out
+from ..app import AllowPickles, RunFolder, TrustRemoteCode, app, disable_library_progress_bars, out
 
 _COMMANDS_FOR_ONE_TOKENIZER = tuple(f"hf-distill {name}" for name in ("inspect", "diagnose", "temperature"))
 
@@ -18,6 +18,8 @@ def report(
         int, typer.Option(min=0, help="Number of held-out rows that the models continue as samples; 0 writes none.")
     ] = 3,
     new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each sample.")] = SAMPLE_TOKENS,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Write a run as one HTML page with its plots: RUN/report.html, RUN/figures/*.png."""
     from ...runner.run_results import open_run
@@ -26,12 +28,13 @@ def report(
     from ...errors import DistillError, require_package
     from ...report.html import report as write_report
     from ...report.samples import write_samples
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
     require_package("matplotlib", "report", "A report")
     disable_library_progress_bars()
     reasons: dict[str, str] = {}  # of sections that are missing from the report
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         if samples and not opened.has(run_files.SAMPLES):
             try:
                 write_samples(opened, samples, new_tokens=new_tokens, on_stage=progress.log_stage)

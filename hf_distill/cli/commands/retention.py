@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ...core.defaults import LM_EVAL_BATCH_ROWS
-from ..app import AsJson, RunFolder, app, disable_library_progress_bars, out
+from ..app import AllowPickles, AsJson, RunFolder, TrustRemoteCode, app, disable_library_progress_bars, out
 
 if TYPE_CHECKING:
     from ...analysis.evaluation import Retention
@@ -28,6 +28,8 @@ def retention(
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of examples of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the harness.")] = LM_EVAL_BATCH_ROWS,
     as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Score the student relative to its teacher on tasks of the lm-evaluation-harness, with intervals."""
     from ...runner.run_results import open_run
@@ -37,9 +39,10 @@ def retention(
     out.quiet |= as_json
     disable_library_progress_bars()
     from ...analysis.evaluation import retention_of
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = retention_of(opened, task, tasks_folder, model, limit, batch_size, progress.log_stage)
     if as_json:
         sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")

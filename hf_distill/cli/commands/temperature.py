@@ -1,6 +1,7 @@
 """The `temperature` command: searches temperature and alpha in short runs."""
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -11,7 +12,18 @@ import typer
 from rich.table import Table
 
 from ...core.defaults import SEARCH_CRITERION, SEARCH_ETA
-from ..app import AsJson, Overrides, Recipe, Smoke, Yes, app, disable_library_progress_bars, out
+from ..app import (
+    AllowPickles,
+    AsJson,
+    Overrides,
+    Recipe,
+    Smoke,
+    TrustRemoteCode,
+    Yes,
+    app,
+    disable_library_progress_bars,
+    out,
+)
 from ..confirm import confirm_downloads
 
 if TYPE_CHECKING:
@@ -34,6 +46,8 @@ def temperature(
     smoke: Smoke = False,
     yes: Yes = False,
     as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickles: AllowPickles = False,
 ) -> None:
     """Search T and alpha in short runs; an interrupted search continues when the command is repeated."""
     from ...recipe.load import load_recipe
@@ -46,9 +60,10 @@ def temperature(
     confirm_downloads(recipe, loaded, yes)
     disable_library_progress_bars()
     from ...analysis.temperature_search import find_temperature
+    from ...runner.model_loading import LoadPolicy, load_policy
     from ..progress import RichProgress
 
-    with RichProgress(out) as progress:
+    with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         result = find_temperature(loaded, at, alpha, by, eta, output, progress.log_stage)
     if not is_main_process:
         return
@@ -58,8 +73,8 @@ def temperature(
         sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")
         return
     out.print(_table(result), *_summary(result), plot, sep="\n", highlight=False, markup=False, soft_wrap=True)
-    command = ["hf-distill run", recipe, *requested, *result.overrides, *["--smoke"][: int(smoke)]]
-    out.print(f"Train with these values: {' '.join(command)}", soft_wrap=True, highlight=False, markup=False)
+    command = ["hf-distill", "run", recipe, *requested, *result.overrides, *["--smoke"][: int(smoke)]]
+    out.print(f"Train with these values: {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _table(result: "SearchResult") -> Table:

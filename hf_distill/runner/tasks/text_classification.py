@@ -22,8 +22,20 @@ class TextClassification(Classification):
     auto_class: ClassVar = AutoModelForSequenceClassification
 
     def load_processor(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer."""
-        return load_pretrained(AutoTokenizer, self.recipe.tokenizer_model, revision=self.recipe.tokenizer_revision)
+        """Load the tokenizer, which pads the texts of a batch.
+
+        Raises:
+            DistillError: It cannot be loaded, or has no padding token.
+        """
+        recipe = self.recipe
+        tokenizer = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
+        if tokenizer.pad_token is None:
+            raise DistillError(
+                f"The tokenizer of {recipe.tokenizer_model} has no padding token, and the texts of a batch are padded "
+                "to one length. Save the model into a folder with one, and give this folder: tokenizer.pad_token = "
+                "tokenizer.eos_token, model.config.pad_token_id = tokenizer.pad_token_id."
+            )
+        return tokenizer
 
     def make_rows(self, sources: Mapping[str, Dataset], processor: Any) -> dict[str, Dataset]:
         """Tokenize the texts."""
