@@ -50,6 +50,14 @@ def make_trainer(tmp_path):
 
 
 @pytest.fixture
+def mesh():
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def run_cli(monkeypatch, capsys):
     """`run_cli("plan", "quickstart")`: run the program in this process; return its exit code, stdout and stderr."""
     from hf_distill.cli import main

@@ -122,7 +122,8 @@ def forward_with_loss(
         if feature_loss is not None and feature_loss.terms:
             sidecar = sidecar_of(model)
             assert sidecar is not None, "terms on features need a sidecar"
-            summands.append(sidecar(lambda parts: feature_loss.total(captured, parts)))
+            with torch.autocast(targets.labels.device.type, enabled=False):  # their products too are in float32
+                summands.append(sidecar(lambda parts: feature_loss.total(captured, parts)))
         if summands:
             outputs["loss"] = torch.stack(summands).sum()
         if model_type_of(model).output_type is EMBEDDING_OUTPUTS:

@@ -196,7 +196,7 @@ class Teacher(ABC):
         """Load or move what `forward` needs; called once, before the first call.
 
         Args:
-            student: the student, unwrapped.
+            student: the student with its adapters, without parallel wrappers.
             device: the student's device.
             processing_class: the student's tokenizer, if the trainer has one.
 

@@ -77,15 +77,16 @@ class StudentCopyTeacher(SelfTeacher):
         if self._is_swapped:
             yield
             return
-        shadow = self._ensure_shadow()
+        shadow, student = self._ensure_shadow(), self._tracked_tensors()
+        student_values: dict[str, Tensor] = {}
         self._is_swapped = True
-        student = self._tracked_tensors()
-        student_values = [_swap_in(student[name], value) for name, value in shadow.items()]
-        torch.clear_autocast_cache()  # it holds casts of parameters, whose values are replaced
         try:
+            for name, value in shadow.items():  # a cast may not fit into memory
+                student_values[name] = _swap_in(student[name], value)
+            torch.clear_autocast_cache()  # it holds casts of parameters, whose values are replaced
             yield
         finally:
-            for name, value in zip(shadow, student_values, strict=True):
+            for name, value in student_values.items():
                 _swap_out(student[name], value)
             torch.clear_autocast_cache()
             self._reshard()
@@ -315,23 +316,19 @@ class SnapshotTeacher(StudentCopyTeacher):
 
     @torch.no_grad()
     def _ensure_shadow(self) -> dict[str, Tensor]:
-        fresh = not self._shadow
+        if self._shadow or self._path is None:
+            return super()._ensure_shadow()
+        if is_sharded(self.model):
+            raise DistillError(
+                f"{self._path} holds unsharded weights and the student is sharded: leave `path` out and give "
+                "`interval_steps`, or use a FrozenTeacher of the path, which can be sharded."
+            )
+        tensors, missing = self._read_snapshot()  # it may fail, and must leave no shadow then
+        self._check_shapes(self._tracked_tensors(), tensors, missing)
         shadow = super()._ensure_shadow()
-        if fresh and self._path is not None:
-            if is_sharded(self.model):
-                raise DistillError(
-                    f"{self._path} holds unsharded weights and the student is sharded: leave `path` out and give "
-                    "`interval_steps`, or use a FrozenTeacher of the path, which can be sharded."
-                )
-            tensors, missing = self._read_snapshot()
-            try:
-                self._check_shapes(shadow, tensors, missing)
-            except DistillError:
-                self._shadow.clear()
-                raise
-            for name, value in shadow.items():
-                value.copy_(tensors[name])
-            self._drift.begin(shadow)
+        for name, value in shadow.items():
+            value.copy_(tensors[name])
+        self._drift.begin(shadow)
         return shadow
 
     def _read_snapshot(self) -> tuple[dict[str, Tensor], list[str]]:

@@ -42,8 +42,7 @@ class SelfTeacher(Teacher):
     def forward(self, inputs: dict, targets: Targets, feature_requests: Mapping[FeatureKey, FeatureTokens]) -> Signals:
         """Run the student once, in the teacher's state and in the precision in which it is trained.
 
-        accelerate's autocast is around the forward of the outermost model, so a student inside adapters has none.
-        DeepSpeed casts the weights and uses no autocast.
+        accelerate enables its autocast in the forward of the student. DeepSpeed casts the weights and uses none.
         """
         device = targets.labels.device
         with autocast_like(device, device, enabled=has_float32_weights(self.model)):
@@ -127,7 +126,7 @@ class AdapterBaseTeacher(SelfTeacher):
     @contextmanager
     def teacher_mode(self) -> Iterator[None]:
         """Disable the adapters; afterwards they are enabled and the same parameters are trained as before."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        before = {name: (p, p.requires_grad) for name, p in self.model.named_parameters(remove_duplicate=False)}
         for layer in self._adapters:
             layer.enable_adapters(False)
         try:
@@ -135,6 +134,8 @@ class AdapterBaseTeacher(SelfTeacher):
         finally:
             for layer in self._adapters:
                 layer.enable_adapters(True)
-            self.model.requires_grad_(False)
-            for p in trained:
-                p.requires_grad_(True)
+            # After a forward under FSDP2, some modules hold gathered parameters in place of their shards.
+            for name, p in self.model.named_parameters(remove_duplicate=False):
+                shard, is_trained = before[name]
+                p.requires_grad_(is_trained)
+                shard.requires_grad_(is_trained)

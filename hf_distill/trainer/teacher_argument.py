@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..core.teacher_inputs import TEACHER_IDS
 from ..data.teacher_column import check_teacher_column
 from ..errors import DistillError, raise_if_any
-from ..models.model_types import model_type_of, unwrap_model
+from ..models.model_types import model_type_of, unwrap_parallel
 from ..teachers import (
     CrossTokenizerTeacher,
     FrozenTeacher,
@@ -179,7 +179,7 @@ def prepare_teacher(
     parameters = dict(student.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
     raise_if_any(unsupported_output_type(teacher, student))
-    teacher.prepare(unwrap_model(student), args.device, tokenizer)
+    teacher.prepare(unwrap_parallel(student), args.device, tokenizer)
     if teacher.other_tokens is not None and lacks_teacher_tokens(datasets, collator):
         raise DistillError(teacher.other_tokens.reason)
     if shared := shared_with_teacher(student, trained, teacher):

@@ -97,6 +97,11 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
             "accelerate does not use FSDP on CPUs, so the student would not be sharded. Remove fsdp, or load the "
             "student with distributed_config=DistributedConfig(fsdp_size=...)"
         )
+    if args.world_size > 1 and getattr(args, "ddp_static_graph", None):
+        problems.append(
+            "ddp_static_graph=True lets DDP start its averages of gradients at an output of the student, but the loss "
+            "leaves through its output head, so each process would apply its own gradients. Remove it"
+        )
     if args.n_gpu > 1:
         problems.append(
             f"DataParallel over {args.n_gpu} GPUs does not work with a teacher. Start the training with "

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 from trl import DistillationTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import (
@@ -171,6 +172,11 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
         for row in rows.select_columns([column, *(name for name in IMAGE_COLUMNS if name in columns)]):
             if row[column]:
                 yield len(self._prompt_ids({**row, "prompt": row[column]}))
+
+    def _inner_training_loop(self, *args: object, **kwargs: object) -> TrainOutput:
+        """Also discard the completions of an earlier training, which an error may have ended within a step."""
+        self._step, self._buffered_inputs = 0, None
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _set_objective(self, fields: DistillArguments, renew: bool) -> None:
         """Also check that vLLM gets no weights but the student's.

@@ -14,9 +14,14 @@ from transformers import TrainerCallback
 from hf_distill import DistillError, Teacher, cut_student
 from hf_distill.core.logits import DenseLogits
 from hf_distill.core.signals import Signals
+from hf_distill.losses.objective import objective
+from hf_distill.models.features import Features, FeatureTerm
+from hf_distill.models.projectors import ProjectorConfig
 from hf_distill.models.pruned_shape import KeptUnits
-from hf_distill.models.sidecar import FILE, sidecar_of
+from hf_distill.models.sidecar import FILE, Sidecar, attach, sidecar_of
 from hf_distill.models.width_pruning import keep_units
+from hf_distill.teachers import FrozenTeacher
+from hf_distill.trainer.distiller import Distiller
 
 FEATURE_LOSSES = [
     {"name": "hidden_mse", "weight": 0.1, "layers": "stretch"},
@@ -371,6 +376,27 @@ def test_mixed_precision_compares_features_in_float32(make):
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     for name in NAMES:
         assert logs[1][f"{name}_loss"] == pytest.approx(logs[0][f"{name}_loss"], rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["hidden_relation", "value_relation"])
+def test_an_autocast_around_the_step_does_not_round_the_products_of_losses_on_features(name, monkeypatch):
+    """As in a training loop without a Trainer; the loss of the same features without autocast is the reference."""
+    student, teacher = build("llama", 0), FrozenTeacher(build("llama", 1))
+    teacher.prepare(student, torch.device("cpu"))
+    terms = objective(0.0, 1.0, losses=[{"name": name}])
+    features = Features.match(terms, student, lambda _: teacher.layer_stack(), ProjectorConfig.of(None))
+    attach(student, Sidecar(features.parts(seed=0)))
+    calls, call = [], FeatureTerm.__call__
+
+    def record(self, *args):
+        calls.append((self, args))
+        return call(self, *args)
+
+    monkeypatch.setattr(FeatureTerm, "__call__", record)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = Distiller(terms, features=features)(student, teacher, collate(rows("llama", 4))).per_token[name]
+    ((term, args),) = calls
+    torch.testing.assert_close(values, call(term, *args).detach(), rtol=1e-6, atol=0)
 
 
 class LogitsOnlyTeacher(Teacher):

@@ -1,10 +1,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import build
+from tiny import build, collate, rows
+from torch.distributed.fsdp import fully_shard
 
 from hf_distill import DistillError
-from hf_distill.teachers import AdapterBaseTeacher, FrozenTeacher
+from hf_distill.losses.objective import objective
+from hf_distill.teachers import AdapterBaseTeacher, EMATeacher, FrozenTeacher
+from hf_distill.trainer.distiller import Distiller
 
 
 def adapted(kind: str = "llama", **options):
@@ -45,6 +48,32 @@ def test_a_step_restores_mode_adapters_and_requires_grad(make_trainer):
     assert not any(getattr(m, "_disable_adapters", False) for m in model.modules())
     trainer.evaluate()
     assert not model.base_model.training
+
+
+@pytest.mark.parametrize("teacher_class", [AdapterBaseTeacher, EMATeacher])
+def test_adapters_and_a_saved_head_under_fsdp2_get_the_gradients_of_an_unsharded_student(
+    make_trainer, mesh, teacher_class
+):
+    """The teacher runs the module that FSDP2 wraps; its forward leaves the head gathered, in place of its shard."""
+    gradients = []
+    for is_sharded in (False, True):
+        model, teacher = adapted(modules_to_save=["lm_head"]), teacher_class()
+        make_trainer(model=model, teacher=teacher, use_cpu=True)
+        base = model.get_base_model()
+        if is_sharded:  # as accelerate does
+            for layer in base.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard([base.model.norm, base.get_output_embeddings()], mesh=mesh, reshard_after_forward=False)
+            fully_shard(model, mesh=mesh)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        for _ in range(2):
+            model.zero_grad()
+            torch.manual_seed(0)
+            Distiller(objective(0.5, 2.0))(model, teacher, collate(rows("llama", 4))).loss.backward()
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name].full_tensor(), gradient, msg=name)
 
 
 def test_a_student_without_adapters_is_refused_with_what_to_do(make_trainer):

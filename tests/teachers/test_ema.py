@@ -157,6 +157,49 @@ def test_losses_on_hidden_states_use_the_shadow(make_trainer):
     assert not any("sidecar" in name for name in trainer.teacher._shadow)
 
 
+def test_a_swap_that_fails_halfway_leaves_the_student_unchanged_and_can_be_repeated(make_trainer, monkeypatch):
+    teacher = EMATeacher(0.9)
+    trainer, recorded = run(make_trainer, teacher)
+    swap_in, swapped = ema._swap_in, []
+
+    def fail_at_the_third(tensor, value):
+        swapped.append(tensor)
+        if len(swapped) == 3:  # later calls succeed
+            raise RuntimeError("out of memory")
+        return swap_in(tensor, value)
+
+    def weights():
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    monkeypatch.setattr(ema, "_swap_in", fail_at_the_third)
+    with pytest.raises(RuntimeError, match="out of memory"), teacher.swapped_weights():
+        pytest.fail("the weights are not those of the teacher")
+    torch.testing.assert_close(weights(), recorded.student[-1], rtol=0, atol=0)
+    with teacher.swapped_weights():
+        of_teacher = weights()
+    shadow = teacher._ensure_shadow()
+    torch.testing.assert_close(of_teacher, {name: shadow[name] for name in of_teacher}, rtol=0, atol=0)
+    torch.testing.assert_close(weights(), recorded.student[-1], rtol=0, atol=0)
+
+
+def test_a_snapshot_that_cannot_be_read_is_read_again_in_the_next_training(make_trainer, tmp_path, monkeypatch):
+    """And the initial student does not teach in its place."""
+    build("llama", 3).save_pretrained(tmp_path / "then")
+    teacher = SnapshotTeacher(path=str(tmp_path / "then"))
+    trainer = make_trainer(teacher=teacher, **ALONE | {"max_steps": 1})
+
+    def fail(self):
+        monkeypatch.undo()
+        raise OSError("the disk does not answer")
+
+    monkeypatch.setattr(SnapshotTeacher, "_read_snapshot", fail)
+    with pytest.raises(OSError, match="does not answer"):
+        trainer.train()
+    trainer.train()
+    shadow = teacher._ensure_shadow()
+    assert all(torch.equal(shadow[name], p) for name, p in build("llama", 3).named_parameters())
+
+
 def test_a_snapshot_is_taken_after_every_interval(make_trainer):
     _, recorded = run(make_trainer, SnapshotTeacher(interval_steps=2))
     for shadow, step in zip(recorded.shadows, (0, 2, 2, 4, 4), strict=True):

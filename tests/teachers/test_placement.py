@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from second_device import SECOND, second_device
 from tiny import build, collate, rows
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from hf_distill import DistillError, DistillTrainer, FrozenTeacher
@@ -217,14 +215,6 @@ def test_a_tensor_parallel_teacher_is_refused(options):
     model._tp_size = 2
     with pytest.raises(DistillError, match="divided over processes: tensor parallelism divides the output head"):
         FrozenTeacher(model).prepare(build("llama", 0), CPU)
-
-
-@pytest.fixture
-def mesh():
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("divided", ["student", "teacher"])

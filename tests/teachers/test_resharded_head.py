@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny import build, collate, rows
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_distill import DistillError
@@ -12,14 +10,6 @@ from hf_distill.losses.objective import objective
 from hf_distill.models.output_head import check_head_stays_gathered
 from hf_distill.teachers import EMATeacher, FrozenTeacher
 from hf_distill.trainer.distiller import Distiller
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def sharded(mesh, kind="llama", head=False, **options):

@@ -157,3 +157,11 @@ def test_arguments_that_need_a_transformers_model_are_refused_for_a_module(tmp_p
     args = DistillSeq2SeqConfig(str(tmp_path), use_cpu=True, report_to=[], **fields)
     with pytest.raises(DistillError, match=message):
         DistillSeq2SeqTrainer(torch.nn.Linear(2, 2), args)
+
+
+def test_a_static_graph_of_ddp_is_refused_on_several_processes(make_trainer, monkeypatch):
+    """DDP would leave the gradients of each process as they are."""
+    make_trainer(ddp_static_graph=True, use_cpu=True)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(DistillError, match="ddp_static_graph=True"):
+        make_trainer(ddp_static_graph=True, use_cpu=True)

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from servers.teacher_servers import TOP_K, LocalTopK, VLLMServer
 from tiny import build, conversation
 from torch._dynamo.utils import counters
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from hf_distill import DistillConfig, DistillError, DistillTrainer
@@ -244,6 +244,36 @@ def test_gradient_accumulation_does_not_change_the_loss(make):
         results += logged(trainer, "loss", "soft_loss", "hard_loss", "grad_norm")
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     assert results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+class FailingCallback(TrainerCallback):
+    """Raises an error between the micro-batches of the first step."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise RuntimeError("between two micro-batches")
+
+
+def test_a_training_after_one_that_an_error_ended_within_a_step_generates_for_each_step(make):
+    trainer, events = make(per_device_train_batch_size=2, gradient_accumulation_steps=2), []
+
+    def record(name):
+        method = getattr(trainer, name)
+
+        def recorded(*args, **kwargs):
+            events.append(name)
+            return method(*args, **kwargs)
+
+        setattr(trainer, name, recorded)
+
+    record("_generate_and_score_completions")
+    record("compute_loss")
+    trainer.add_callback(FailingCallback)
+    with pytest.raises(RuntimeError, match="between two micro-batches"):
+        trainer.train()
+    trainer.remove_callback(FailingCallback)
+    events.clear()
+    trainer.train()
+    assert events == ["_generate_and_score_completions", "compute_loss", "compute_loss"] * 2
 
 
 def test_the_share_of_generated_rows_is_exact_and_depends_on_the_seed(make):
