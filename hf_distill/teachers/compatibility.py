@@ -48,7 +48,7 @@ def check_teacher_student(
 
     Args:
         teacher: a model, or the config of a model that is not loaded yet.
-        student: the student, unwrapped.
+        student: the student, with or without wrappers.
         tokenizer: the teacher's tokenizer or processor; None: the tokenizer in its folder, if it is on this machine.
         processing_class: the student's tokenizer or processor; None: likewise.
         path: folder or id of the teacher.
@@ -62,12 +62,13 @@ def check_teacher_student(
     Raises:
         DistillError: the teacher is the student itself, or has another model type, another tokenizer or other classes.
     """
-    if teacher is student:
+    student = unwrap_model(student)
+    if isinstance(teacher, nn.Module) and unwrap_model(teacher) is student:
         raise DistillError(
             "Teacher and student are the same object, so training the student would change the teacher. Load the "
             "model twice, or copy it with copy.deepcopy."
         )
-    student_type, student_config = model_type_of(student), getattr(unwrap_model(student), "config", None)
+    student_type, student_config = model_type_of(student), getattr(student, "config", None)
     config: PretrainedConfig | None
     if isinstance(teacher, nn.Module):
         teacher_type = type_as_teacher(teacher, student)
