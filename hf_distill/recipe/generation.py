@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .schema import Recipe
 
 SERVER_OPTIONS = ("url", "model", "api_key_env", "concurrency", "timeout", "retry_seconds")
-_LOCAL_OPTIONS = ("batching", "batch_size")
+_LOCAL_OPTIONS = ("batching", "batch_size", "overflow")
 # Arguments of apply_chat_template that are no variables of the template, or are set by the generation.
 _TEMPLATE_ARGUMENTS = (
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),

@@ -42,6 +42,7 @@ from .trimmed_rows import Trimming, check_no_removed_ids, with_new_ids
 
 logger = logging.get_logger(__name__)
 Key = TypeVar("Key")
+ExamplesT = TypeVar("ExamplesT", bound=Examples)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def prepare_data(
     for index, name in enumerate(data.sources):
         documents, held_out_documents = load_split(recipe, name, seed, of_data)
         if held_out_documents is not None:
-            rows = _first(_rows(held_out_documents, recipe, name, tokenizers, of_data=True), data.eval.max_rows)
+            rows = limit_rows(_rows(held_out_documents, recipe, name, tokenizers, of_data=True), data.eval.max_rows)
             held_out.append(add_source_column(rows, index) if len(data.sources) > 1 else rows)
         train[name] = _rows(documents, recipe, name, tokenizers, of_data)
         is_other = not of_data or data.sources[name].generate  # than those that were logged for the student
@@ -120,7 +121,7 @@ def prepare_data(
     if data.eval.path:
         examples = load_examples(**data.eval.model_dump(exclude={"holdout", "max_rows"}))
         examples = _with_prompts(examples, recipe, "data.eval")
-        held_out = [_first(_rows(examples, recipe, "eval", tokenizers), data.eval.max_rows)]
+        held_out = [limit_rows(_rows(examples, recipe, "eval", tokenizers), data.eval.max_rows)]
     evaluated = {"data.eval": held_out[0]} if data.eval.path else {}
     _check_teacher_prompts({f"data.{name}": rows for name, rows in train.items()} | evaluated, other_tokenizers)
     mixed = mix_and_pack(data, _with_equal_columns(train), seed, count)
@@ -235,7 +236,9 @@ def first_rows(
     """Return training rows made of the first examples of each source, without a held-out split."""
     data = recipe.data
     tokenizers = _Tokenizers(tokenizer, chat_template_of(data, tokenizer), () if data.packing else other_tokenizers)
-    rows = {name: _rows(_first(load_source(recipe, name), examples), recipe, name, tokenizers) for name in data.sources}
+    rows = {
+        name: _rows(limit_rows(load_source(recipe, name), examples), recipe, name, tokenizers) for name in data.sources
+    }
     _check_teacher_prompts({f"data.{name}": part for name, part in rows.items()}, other_tokenizers)
     return mix_and_pack(data, _with_equal_columns(rows), seed, examples)
 
@@ -395,10 +398,11 @@ def _count(labels: pa.Array) -> int:
     return pc.sum(pc.not_equal(labels, IGNORE_INDEX)).as_py()
 
 
-def _first(rows: Examples, count: int | None) -> Examples:
+def limit_rows(rows: ExamplesT, count: int | None) -> ExamplesT:
+    """Return at most a number of rows, from the beginning; None: all of them."""
     if count is None or (isinstance(rows, Dataset) and len(rows) <= count):
         return rows
-    return rows.take(count)
+    return cast(ExamplesT, rows.take(count))
 
 
 def _columns(rows: Dataset) -> Iterator[pa.ListArray]:

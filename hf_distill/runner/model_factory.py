@@ -252,8 +252,8 @@ class ModelFactory:
         buffers = dict(merged.named_buffers()).keys()
         check_finite(merged.state_dict(), folder, owner="the merged student", advice=advice, buffers=buffers)
         merged.save_pretrained(folder)
-        for file in folder.glob("adapter_*"):  # not before the model is written, which may fail
-            file.unlink()
+        for file in (*folder.glob("adapter_*"), folder / "README.md"):  # the files of peft
+            file.unlink(missing_ok=True)
 
     def _base_student(self, rows: Examples, quantization: str | None, unsharded: bool = False) -> nn.Module:
         """Load the student without adapters; with `unsharded` it is on the CPU and not sharded over the processes."""

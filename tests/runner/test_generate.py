@@ -422,6 +422,7 @@ def test_a_template_without_a_generation_prompt_is_refused(recipe_of, tmp_path):
     [
         ({"samples": 2, "temperature": 0}, "temperature 0 gives the same completion each time"),
         ({"backend": "server"}, "backend server does not use batching"),
+        ({"backend": "server", "batching": None, "overflow": "drop"}, "backend server does not use overflow"),
         ({"url": "http://127.0.0.1:1"}, "backend transformers does not use url"),
         ({"select": "best_of_n"}, "select chooses among the samples of a prompt, and there is one"),
         ({"select": {"name": "best_of_n", "keep": 4}, "samples": 4}, "select keeps 4 of 4 samples"),

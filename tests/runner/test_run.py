@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,7 @@ LORA = "student={model: 'smoke:llama/student', lora: {r: 4, use_dora: true}}"
 def test_adapters_are_merged_into_the_unquantized_weights(folder, quantization):
     overrides = [f"train.output_dir={folder}", f"student.quantization={quantization}", "train.learning_rate=0.01"]
     run_recipe(load_recipe("llama-70b-to-8b-nf4", [*overrides, "export=merged"], smoke=True))
-    assert not list((folder / "student").glob("adapter*"))
+    assert not {"README.md", "adapter_config.json", "adapter_model.safetensors"} & {*os.listdir(folder / "student")}
     merged = AutoModelForCausalLM.from_pretrained(folder / "student")
     adapters = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-4")
     if quantization == "null":

@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from ...data import Examples, OtherTokenizer, add_source_column, split_held_out
 from ...data.load import load_columns
 from ...recipe.tasks import TASKS, check_columns
-from ..datasets import PreparedData, mix_sources
+from ..datasets import PreparedData, limit_rows, mix_sources
 from .previews import Preview
 from .task import Task
 
@@ -35,10 +35,10 @@ class ColumnTask(Task):
             train[name] = rows[name]
             if data.eval.holdout:
                 train[name], part = split_held_out(rows[name], data.eval.holdout, seed)
-                part = _first(part, data.eval.max_rows)
+                part = limit_rows(part, data.eval.max_rows)
                 held_out.append(cast(Dataset, add_source_column(part, index)) if len(data.sources) > 1 else part)
         if data.eval.path:
-            held_out = [_first(rows[EVAL], data.eval.max_rows)]
+            held_out = [limit_rows(rows[EVAL], data.eval.max_rows)]
         mixed = mix_sources(data, train, seed, count)
         return PreparedData(mixed, concatenate_datasets(held_out), self.collator(processor), self.label_names())
 
@@ -89,7 +89,3 @@ class ColumnTask(Task):
     @abstractmethod
     def collator(self, processor: Any) -> Callable[[list], dict]:
         """Return the collator, which has the attribute `sources`."""
-
-
-def _first(rows: Dataset, count: int | None) -> Dataset:
-    return rows if count is None or len(rows) <= count else rows.take(count)
