@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from tiny import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
@@ -53,6 +54,15 @@ def test_text_of_kept_tokens_has_the_same_tokens_and_all_text_round_trips(kind, 
         if full.unk_token_id not in before:
             assert trimmed.unk_token_id not in after
     assert num_same > 10
+
+
+def test_rows_of_a_trimmed_vocabulary_are_found_in_the_cache_of_datasets():
+    """The processes of a launch trim the same tokenizer, and all but the first read the rows that it tokenized."""
+    full = tokenizer_of("llama")
+    one, other, smaller = (trim_tokenizer(full, range(count))[0] for count in (300, 300, 280))
+    assert len(full) > len(one) > len(smaller)
+    assert Hasher.hash(one) == Hasher.hash(other)
+    assert len({Hasher.hash(each) for each in (full, one, smaller)}) == 3
 
 
 @pytest.mark.parametrize("kind", ["digits", "llama", "unigram-bytes", "wordpiece"])

@@ -94,7 +94,8 @@ def _trim_tokenizer(
         (Path(folder) / _TOKENIZER).write_text(json.dumps(new_content, ensure_ascii=False), encoding="utf-8")
         _renumber_added_tokens(Path(folder) / _TOKENIZER_CONFIG, kept_ids)
         trimmed: PreTrainedTokenizerBase = type(tokenizer).from_pretrained(folder)
-    trimmed.name_or_path = tokenizer.name_or_path
+    # `datasets` finds rows that were tokenized before by the state of the tokenizer.
+    trimmed.name_or_path = trimmed.init_kwargs["name_or_path"] = tokenizer.name_or_path
     expected = {content.tokens[old]: new for new, old in enumerate(kept_ids)}
     if trimmed.get_vocab() != expected or _merges_of(trimmed) != new_content["model"].get("merges"):
         raise DistillError(
