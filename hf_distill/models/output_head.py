@@ -102,7 +102,7 @@ def output_head(model: nn.Module, inputs: dict) -> OutputHead:
     module = _named_head(inner) if head is None or hasattr(inner, "get_output_embeddings") else head.module
     if module is None and head is None and unmeasured_type_of(inner).vocabulary:
         module = _find_head(model, inner, inputs)
-    obstacle = _obstacle(inner, module)
+    obstacle = _obstacle(module)
     hooks = tuple(module._forward_hooks) if module is not None else ()
     if head is None or head.module is not module or head.hooks != hooks or (obstacle and not head.reason):
         if obstacle or not isinstance(module, nn.Linear):
@@ -202,7 +202,7 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[Callable]
             setattr(module, name, instance)
 
 
-def _obstacle(model: nn.Module, head: nn.Module | None) -> str:
+def _obstacle(head: nn.Module | None) -> str:
     """Return why the class of a head rules lazy logits out, without a measurement; "" if it does not."""
     if head is None:
         return "the model names no output embeddings, and no linear layer of it returns the logits"

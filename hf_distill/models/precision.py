@@ -66,8 +66,9 @@ def in_dtype_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     dtype = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     if dtype is None:
         return dict(inputs)
-    wide = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.dtype == torch.float32}
-    return {name: value.to(dtype) if name in wide - {"labels"} else value for name, value in inputs.items()}
+    # DeepSpeed gives real numbers the dtype of the student.
+    real = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {name: value.to(dtype) if name in real - {"labels"} else value for name, value in inputs.items()}
 
 
 def has_float32_weights(model: nn.Module) -> bool:

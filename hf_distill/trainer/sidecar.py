@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -29,6 +30,7 @@ class SidecarManager:
         self._teacher_module: nn.Module | None = None  # the trained module of the teacher
         # Kinds of sidecar parts -> options of their optimizer parameter group.
         self._group_options: dict[tuple[str, ...], Mapping[str, float | None]] = {}
+        self._grouped: tuple[object, object] = (None, None)  # the optimizer and sidecar of `add_param_groups`
 
     def replace(
         self,
@@ -95,15 +97,18 @@ class SidecarManager:
             )
 
     def add_param_groups(self, model: nn.Module, optimizer: torch.optim.Optimizer, is_users_optimizer: bool) -> None:
-        """Give the parts of the sidecar separate parameter groups where they have options.
+        """Give the parts of the sidecar separate parameter groups where they have options, once for each optimizer.
 
         Args:
             model: the student.
-            optimizer: the optimizer of the training.
+            optimizer: the optimizer of the training, which may be that of an earlier training.
             is_users_optimizer: whether the user created it; it may then lack parameters of the sidecar.
         """
-        if (sidecar := trained_sidecar(model)) is None:
+        optimizer_inside = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        sidecar, (grouped_optimizer, grouped_sidecar) = trained_sidecar(model), self._grouped
+        if sidecar is None or (grouped_optimizer is optimizer_inside and grouped_sidecar is sidecar):
             return
+        self._grouped = (optimizer_inside, sidecar)
         for kinds, options in self._group_options.items():
             parts = [sidecar.parts[kind] for kind in kinds if kind in sidecar.parts]
             trained = [p for part in parts for p in part.parameters() if p.requires_grad]

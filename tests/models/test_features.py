@@ -275,6 +275,19 @@ def test_a_custom_optimizer_gets_the_projectors(make):
         make(model=student, optimizers=(optimizer, scheduler))
 
 
+def test_a_second_training_has_the_param_groups_of_the_first_and_its_checkpoints_can_be_resumed(make):
+    """`auto_find_batch_size` also trains again with one optimizer. A group was added each time."""
+    options = dict(projectors={"learning_rate": 0.5, "weight_decay": 0.1}, max_steps=2, save_strategy="steps")
+    trainer = make(**options, save_steps=2)
+    trainer.train()
+    sizes = [len(group["params"]) for group in trainer.optimizer.param_groups]
+    trainer.train()
+    assert [len(group["params"]) for group in trainer.optimizer.param_groups] == sizes
+    resumed = make(**options | {"max_steps": 3}, save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+
+
 def test_an_optimizer_of_the_deepspeed_config_is_refused_with_settings_of_projectors(make):
     trainer = make(projectors={"learning_rate": 0.5})
     trainer.args.hf_deepspeed_config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})

@@ -769,11 +769,21 @@ def test_regression_models_with_two_tokenizers(tmp_path):
     assert_gradient(gradient, plain)
 
 
-def test_a_teacher_in_half_precision_reads_its_audio(tmp_path):
+class HalfPrecisionCollator(DualProcessorCollator):
+    """Gives the teacher's audio in another half precision than that of the teacher, as DeepSpeed does."""
+
+    def __call__(self, rows):
+        batch = super().__call__(rows)
+        return {name: value.half() if name.startswith("teacher_input") else value for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("collator_class", [DualProcessorCollator, HalfPrecisionCollator])
+def test_a_teacher_in_half_precision_reads_its_audio(tmp_path, collator_class):
     teacher, rows = speech_model(1, 16), audio_rows()
+    in_half_precision = copy.deepcopy(teacher).to(torch.bfloat16)
     logs = [
-        step(trainer_of(tmp_path, speech_model(0, 8), one, DualProcessorCollator(extractor(8), extractor(16)), rows))[0]
-        for one in (copy.deepcopy(teacher), copy.deepcopy(teacher).to(torch.bfloat16))
+        step(trainer_of(tmp_path, speech_model(0, 8), model, collator(extractor(8), extractor(16)), rows))[0]
+        for collator, model in ((DualProcessorCollator, teacher), (collator_class, in_half_precision))
     ]
     assert logs[1]["soft_loss"] == pytest.approx(logs[0]["soft_loss"], rel=0.05)
 
