@@ -16,6 +16,7 @@ from ..core.references import DATASET_BUILDERS, PACKAGED_TEXTS, reference_kind
 from ..core.run_files import GENERATION
 from ..errors import DistillError, did_you_mean
 from ..hub import fetch, line_of, parse_uri, reading
+from ..hub.errors import credentials, login_hint
 from .formats import MESSAGES, TEXT, format_of
 from .local_files import read_file, read_generated, readable
 from .smoke_data import SMOKE_BUILDERS
@@ -118,7 +119,8 @@ def _load(path: str, split: str, name: str | None, streaming: bool) -> Examples 
             return cast(Examples, load_dataset(path, name, split=split, streaming=streaming, revision=revision))
         except DatasetNotFoundError as error:
             raise DistillError(
-                f"There is no data set {path!r} on this machine or on the Hub: {line_of(error)}"
+                f"There is no data set {path!r} on this machine, and {credentials()} cannot read one on the Hub: "
+                f"{line_of(error)}{login_hint()}"
             ) from error
 
 

@@ -45,12 +45,12 @@ def translate_hub_errors(
     except GatedRepoError:
         raise DistillError(
             f"The {what} is gated: accept its terms at {_repo_url(repo, kind)} with the account of your token, then "
-            f"run this again.{_login_hint()}"
+            f"run this again.{login_hint()}"
         ) from None
     except RepositoryNotFoundError:
         raise DistillError(
-            f"There is no {what}, or it is private and {_credentials()} has no access to it{_similar_repos(repo, kind)}"
-            f"{_other_type_hint(repo, kind)}{_login_hint()}"
+            f"There is no {what}, or it is private and {credentials()} has no access to it{_similar_repos(repo, kind)}"
+            f"{_other_type_hint(repo, kind)}{login_hint()}"
         ) from None
     except RevisionNotFoundError:
         raise DistillError(
@@ -84,24 +84,27 @@ def _status_message(what: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code if error.response is not None else 0
     message = (error.server_message or str(error)).strip()
     if status == 401:
-        return f"The Hub does not accept {_credentials()} for the {what}: {message}{_login_hint()}"
+        return f"The Hub does not accept {credentials()} for the {what}: {message}{login_hint()}"
     if status == 403:
-        credentials = _credentials().capitalize()
-        return f"{credentials} is not allowed to do this with the {what}: {message} Give it write access there."
+        sender = credentials().capitalize()
+        return f"{sender} is not allowed to do this with the {what}: {message} Give it write access there."
     if status in (409, 412):
         return f"Someone else wrote to the {what} meanwhile ({status}: {message}); run this again."
     return f"The Hub answered {status} for the {what}: {message} Run this again later."
 
 
 def _connection_message(what: str, error: httpx2.TransportError) -> str:
-    return f"The Hub cannot be reached for the {what}: {str(error) or type(error).__name__}. Run this again later."
+    reason = str(error).rstrip(".") or type(error).__name__
+    return f"The Hub cannot be reached for the {what}: {reason}. Run this again later."
 
 
-def _credentials() -> str:
+def credentials() -> str:
+    """Return with what requests are sent, as the subject of a sentence."""
     return "your token" if get_token() else "a request without a token"
 
 
-def _login_hint() -> str:
+def login_hint() -> str:
+    """Return a sentence that says how to set a token; empty if there is one."""
     return "" if get_token() else " No token is set: run `hf auth login`, or set HF_TOKEN."
 
 

@@ -81,6 +81,17 @@ def test_datasets_are_loaded_at_a_revision_and_from_files_of_a_repository(hub):
         load_examples("o/gone")
 
 
+@pytest.mark.parametrize(("access", "reason"), [("gated", "is a gated dataset"), ("private", "cannot be accessed")])
+def test_the_error_for_a_data_set_without_access_says_how_to_log_in(hub, monkeypatch, access, reason):
+    hub.put("datasets", "o/rows", {"train.jsonl": b'{"text": "a"}\n'}, **{access: True})
+    monkeypatch.setenv("HF_TOKEN", "hf_of_another")
+    with pytest.raises(DistillError, match=f"your token cannot read one on the Hub.*{reason}"):
+        load_examples("o/rows")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DistillError, match=f"a request without a token cannot read.*{reason}.*run `hf auth login`"):
+        load_examples("o/rows")
+
+
 @pytest.fixture
 def recipe(hub, tmp_path):
     hub.put(

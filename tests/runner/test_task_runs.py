@@ -176,6 +176,16 @@ def test_paths_of_images_in_a_csv_file_are_read_and_missing_files_are_named(fold
         prepared("image-classification", *columns)
 
 
+@pytest.mark.parametrize("kind", [Image(), Value("string")])
+def test_rows_without_an_image_are_an_error_before_the_training(folder, kind):
+    write_images(folder / "images", "left", "right", "top")
+    names = ["images/left/0.png", None, "images/right/1.png", "images/top/2.png"]
+    features = Features({"image": kind, "label": Value("string")})
+    Dataset.from_dict({"image": names, "label": ["left", "left", "right", "top"]}, features).save_to_disk("rows")
+    with pytest.raises(DistillError, match=r"data.task \(rows\): 1 of 4 rows have no image: remove them"):
+        prepared("image-classification", "data.task={path: rows}", "data.eval={path: rows, split: train}")
+
+
 def test_paths_in_a_data_set_of_the_hub_do_not_name_files_of_this_machine(folder):
     write_images(folder / "images", "left")
     rows = Dataset.from_dict({"image": ["images/left/0.png"]})

@@ -13,7 +13,7 @@ from ...recipe.tasks import IMAGE_CLASSIFICATION
 from ..model_loading import load_pretrained
 from .classification import Classification
 from .labels import LABELS
-from .media import check_files, check_same_processing
+from .media import check_files, check_no_nulls, check_same_processing
 from .previews import Preview
 
 
@@ -36,6 +36,7 @@ class ImageClassification(Classification):
 
     def _with_images(self, rows: Dataset, name: str) -> Dataset:
         feature, where = rows.features["image"], self.where(name)
+        check_no_nulls(rows, "image", where)
         if isinstance(feature, Image):
             return rows
         if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):

@@ -14,6 +14,21 @@ from ..model_loading import load_pretrained
 _NAMES = ("processor_class", "image_processor_type", "feature_extractor_type", "tokenizer", "_name_or_path")
 
 
+def check_no_nulls(rows: Dataset, column: str, where: str) -> None:
+    """Check that every row has a value in a column.
+
+    Args:
+        rows: Rows of a data set.
+        column: The column.
+        where: The data set, for error messages.
+
+    Raises:
+        DistillError: A row has none.
+    """
+    if count := rows.data.column(column).null_count:
+        raise DistillError(f"{where}: {count} of {len(rows)} rows have no {column}: remove them.")
+
+
 def check_files(rows: Dataset, column: str, where: str, path: str) -> None:
     """Check that the files that a column names exist, and that the data that names them is local.
 
@@ -32,7 +47,7 @@ def check_files(rows: Dataset, column: str, where: str, path: str) -> None:
             "data set that holds the files themselves."
         )
     names = rows.unique(column)
-    missing = [name for name in names if name is None or not ("://" in name or path_exists(name))]
+    missing = [name for name in names if not ("://" in name or path_exists(name))]
     if missing:
         raise DistillError(
             f"{where}: {len(missing)} of {len(names)} files of the column {column!r} do not exist, such as "

@@ -21,7 +21,7 @@ from ...trainer.seq2seq import DistillSeq2SeqConfig, DistillSeq2SeqTrainer
 from ..model_loading import load_pretrained
 from ..pruning import Pruner
 from .columns import ColumnTask
-from .media import check_files, check_same_processing
+from .media import check_files, check_no_nulls, check_same_processing
 from .previews import Preview
 from .text_classification import check_texts
 
@@ -93,6 +93,7 @@ class SpeechRecognition(ColumnTask):
     def _with_audio(self, rows: Dataset, sampling_rate: int, name: str) -> Dataset:
         """Return rows whose audio is decoded at the sampling rate of the model."""
         feature, where = rows.features["audio"], self.where(name)
+        check_no_nulls(rows, "audio", where)
         if isinstance(feature, dict) and {"array", "sampling_rate"} <= {*feature}:
             return rows
         if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
