@@ -34,7 +34,7 @@ def confirm_downloads(reference: str, recipe: Recipe, yes: bool, show: bool = Fa
     if problems := missing_files(recipe.model_dump()):
         raise_problems(problems, "in the recipe")
     is_untrusted = on_the_hub(reference)
-    if not is_untrusted and not show:
+    if not is_untrusted and (not show or out.quiet):  # the first process of a launch asks the Hub, and shows the table
         return
     from ..recipe.downloads import check_downloads, downloads
 

@@ -18,26 +18,18 @@ from .token_signals import HIDDEN, IDS, LOG_PROBS, SignalIndex
 class Coverage:
     """Counts of the target tokens of a cache that have the distribution which was predicted during the generation.
 
-    rows:            rows of which all target tokens have it
     other_rows:      rows of which at least one target token needs another forward of the teacher
     tokens:          target tokens that have it
     other_tokens:    target tokens that need another forward
     """
 
-    rows: int = 0
     other_rows: int = 0
     tokens: int = 0
     other_tokens: int = 0
 
     def add(self, known: int, total: int) -> "Coverage":
         """Return the counts with those of a row: target tokens that have a distribution, and all of them."""
-        is_known = known == total
-        return Coverage(
-            self.rows + is_known,
-            self.other_rows + (not is_known),
-            self.tokens + known,
-            self.other_tokens + total - known,
-        )
+        return Coverage(self.other_rows + (known < total), self.tokens + known, self.other_tokens + total - known)
 
 
 class GeneratedTeacher:

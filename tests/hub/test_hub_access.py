@@ -5,6 +5,8 @@ from hub_server import Fault
 from huggingface_hub import HfApi
 
 from hf_distill import DistillError
+from hf_distill.cli.app import out
+from hf_distill.cli.confirm import confirm_downloads
 from hf_distill.data import load_examples
 from hf_distill.hub import fetch, format_uri, parse_uri, sibling_uri, translate_hub_errors
 from hf_distill.recipe import load_recipe
@@ -121,6 +123,13 @@ def test_a_run_without_a_connection_lists_its_repositories_without_sizes(recipe,
         ("o/teacher", None, None),
         ("o/rows", None, None),
     ]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_process_of_a_launch_asks_the_hub_for_the_sizes_of_repositories(recipe, hub, monkeypatch, is_first):
+    monkeypatch.setattr(out, "quiet", not is_first)  # as all processes but the first one are
+    confirm_downloads("r.yaml", recipe, yes=False, show=True)
+    assert bool(hub.requests) == is_first
 
 
 def test_provenance_has_the_commits_that_a_run_read(recipe, hub):
