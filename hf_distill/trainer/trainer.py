@@ -75,7 +75,13 @@ from .teacher_callback import TeacherCallback
 from .teacher_failure import TeacherFailureGuard
 from .terms import build_objective
 from .upstream import TRAINER, check_upstream
-from .validation import incompatible_arguments, nothing_to_train, replaced_loss_problem, wrong_arguments
+from .validation import (
+    incompatible_arguments,
+    incompatible_sidecar,
+    nothing_to_train,
+    replaced_loss_problem,
+    wrong_arguments,
+)
 
 check_upstream("transformers", Trainer, TRAINER)
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -429,6 +435,7 @@ class DistillMixin(_Base):
         has_scheduler = self.optimizer is not None and self.lr_scheduler is not None
         has_users_scheduler = has_scheduler and not self._created_lr_scheduler
         self.sidecar_manager.replace(self.model, self.args, features, teacher, renew, has_users_scheduler)
+        raise_if_any(incompatible_sidecar(self))
 
     def call_model_init(self, trial: object = None) -> nn.Module:
         """Create a model as the Trainer does, and attach new projectors to it."""

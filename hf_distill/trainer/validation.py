@@ -14,6 +14,7 @@ from ..models.placement import is_tensor_parallel
 from ..models.quantized_training import is_fake_quantized
 from ..teachers.loading import env_world_size
 from .compilation import incompatible_compilation
+from .sidecar import trained_sidecar
 
 
 def wrong_arguments(trainer_class: type, loads_models: bool, model: object, args: object) -> list[str]:
@@ -153,6 +154,19 @@ def nothing_to_train(student: nn.Module) -> list[str]:
     return [
         "no parameter of the student requires a gradient. A trainer freezes its teacher, so a model that was a teacher "
         "before is frozen: call student.requires_grad_(True), or add adapters with peft.get_peft_model"
+    ]
+
+
+def incompatible_sidecar(trainer: Trainer) -> list[str]:
+    """Return why modules that are trained with a student cannot be sharded with it; empty if they can, or are none."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_restored = getattr(plugin, "fsdp_version", 1) == 2 and getattr(plugin, "cpu_ram_efficient_loading", False)
+    if not is_restored or trained_sidecar(cast(nn.Module, trainer.model)) is None:
+        return []
+    return [
+        "cpu_ram_efficient_loading of FSDP restores the weights of the student's state dict alone, and the projectors "
+        "or learned layers of `losses` would have no values. Set it to False in fsdp_config or in the config of "
+        "accelerate, or use losses without projectors and learned layers"
     ]
 
 

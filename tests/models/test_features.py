@@ -297,6 +297,16 @@ def test_an_optimizer_of_the_deepspeed_config_is_refused_with_settings_of_projec
         trainer.attach_sidecar(trainer.distiller.features)
 
 
+def test_fsdp_that_restores_the_students_state_dict_alone_is_refused_with_projectors(make, monkeypatch):
+    """accelerate moves the student to the meta device and back, and the projectors would stay there."""
+    trainer, plain = make(), make(losses=[{"name": "hidden_relation"}])
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    plain.attach_sidecar(plain.distiller.features)
+    with pytest.raises(DistillError, match="cpu_ram_efficient_loading of FSDP"):
+        trainer.attach_sidecar(trainer.distiller.features)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_activation_checkpointing_does_not_change_loss_and_gradients(make, kind):
     plain, gradient = one_step(make, kind, 4, 1)
