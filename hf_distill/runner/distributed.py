@@ -1,14 +1,38 @@
-"""Checks that all processes of a launch use the same recipe, rows and package versions."""
+"""Preparation on all processes of a launch, and the check that their recipe, rows and package versions are the same."""
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from transformers import TrainingArguments
 
 from ..core.processes import is_alone
 from ..core.results import Results
 from ..errors import DistillError
 from ..recipe.schema import Recipe
+
+
+@contextmanager
+def main_process_first(args: TrainingArguments) -> Iterator[None]:
+    """Run a block on the main process of each machine first; the others find in caches what it has prepared.
+
+    What the block logs is the same on all processes, so that the first one of the launch alone logs its warnings.
+
+    Args:
+        args: The training arguments.
+    """
+    package = logging.getLogger(__name__.partition(".")[0])
+    level = package.level
+    with args.main_process_first():
+        try:
+            if args.process_index != 0:
+                package.setLevel(logging.ERROR)
+            yield
+        finally:
+            package.setLevel(level)
 
 
 def check_same_on_all_ranks(recipe: Recipe, facts: Results) -> None:

@@ -34,7 +34,7 @@ from ..trainer.trainer import DistillTrainer
 from .cache_writer import check_cached, write_smoke_cache
 from .checkpoint_recipe import RecipeRecord, check_same_content, content_values, launch_values, result_values
 from .datasets import num_training_rows, prepare_data
-from .distributed import check_same_on_all_ranks
+from .distributed import check_same_on_all_ranks, main_process_first
 from .early_stopping import EarlyStopping
 from .export import export_teachers, teacher_metrics
 from .generated_sources import record_generated_data
@@ -151,12 +151,12 @@ class RunContext:
         self.scheme = scheme_of(recipe)
         set_seed(args.seed)
         on_stage(f"Loading {recipe.tokenizer_model}")
-        with args.main_process_first():
+        with main_process_first(args):
             path = resolve_model(recipe.tokenizer_model)
         self.task = task_of(recipe)
         processor = self.task.load_processor()
         count = num_training_rows(args)
-        with args.main_process_first():
+        with main_process_first(args):
             self.processor = self.task.student_processor(processor, args.seed, count)
             other_tokenizers = load_teacher_tokenizers(recipe)
             self.data = self.task.prepare_data(self.processor, args.seed, count, other_tokenizers)

@@ -13,6 +13,7 @@ from ..recipe.tasks import require_text_generation
 from ..teachers import Teacher
 from ..trainer.config import DistillConfig
 from .datasets import PreparedData, num_training_rows
+from .distributed import main_process_first
 from .model_factory import ModelFactory, check_launch
 from .model_loading import load_pretrained, load_teacher_tokenizers, model_without_weights, resolve_model
 from .tasks import task_of
@@ -72,11 +73,11 @@ def load_teacher_and_data(
     online = validate(with_teacher(recipe, spec))
     args = arguments(online)
     on_stage(f"Loading {online.tokenizer_model}")
-    with args.main_process_first():
+    with main_process_first(args):
         path = resolve_model(online.tokenizer_model)
     task = task_of(online)
     full_tokenizer, count = task.load_processor(), num_training_rows(args)
-    with args.main_process_first():
+    with main_process_first(args):
         tokenizer = task.student_processor(full_tokenizer, args.seed, count)
         other_tokenizers = load_teacher_tokenizers(online)
         data = task.prepare_data(tokenizer, args.seed, count, other_tokenizers)

@@ -34,6 +34,7 @@ from ...recipe.tasks import require_text_generation
 from ...teachers.remote.rows import token_rows
 from ..cache_writer import cached_parts, local_folder
 from ..datasets import PreparedData, num_training_rows, prepare_data
+from ..distributed import main_process_first
 from ..model_loading import load_pretrained, vocabulary_size
 from ..training_arguments import arguments
 from .distillkit import DistillKitFile
@@ -133,7 +134,7 @@ def import_cache(
     args = arguments(recipe)
     on_stage(f"Loading the tokenizer of {recipe.tokenizer_model}")
     tokenizer = load_pretrained(AutoTokenizer, recipe.tokenizer_model, revision=recipe.tokenizer_revision)
-    with args.main_process_first():
+    with main_process_first(args):
         data = prepare_data(recipe, tokenizer, args.seed, num_training_rows(args))
     vocab_size = chosen.vocab_size or (recipe.teacher.vocab_size if recipe.teacher else None)
     vocab_size = vocab_size or vocabulary_size(recipe.tokenizer_model, recipe.tokenizer_revision)
