@@ -6,6 +6,7 @@ optimized and saved in checkpoints, but never exported with the student.
 
 from collections.abc import Mapping
 from typing import cast
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -30,7 +31,8 @@ class SidecarManager:
         self._teacher_module: nn.Module | None = None  # the trained module of the teacher
         # Kinds of sidecar parts -> options of their optimizer parameter group.
         self._group_options: dict[tuple[str, ...], Mapping[str, float | None]] = {}
-        self._grouped: tuple[object, object] = (None, None)  # the optimizer and sidecar of `add_param_groups`
+        # Optimizers that have these groups -> their sidecar; an optimizer of an earlier training is not kept in memory.
+        self._grouped: WeakKeyDictionary[torch.optim.Optimizer, ReferenceType[Sidecar]] = WeakKeyDictionary()
 
     def replace(
         self,
@@ -105,10 +107,10 @@ class SidecarManager:
             is_users_optimizer: whether the user created it; it may then lack parameters of the sidecar.
         """
         optimizer_inside = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        sidecar, (grouped_optimizer, grouped_sidecar) = trained_sidecar(model), self._grouped
-        if sidecar is None or (grouped_optimizer is optimizer_inside and grouped_sidecar is sidecar):
+        sidecar, grouped = trained_sidecar(model), self._grouped.get(optimizer_inside)
+        if sidecar is None or (grouped is not None and grouped() is sidecar):
             return
-        self._grouped = (optimizer_inside, sidecar)
+        self._grouped[optimizer_inside] = ref(sidecar)
         for kinds, options in self._group_options.items():
             parts = [sidecar.parts[kind] for kind in kinds if kind in sidecar.parts]
             trained = [p for part in parts for p in part.parameters() if p.requires_grad]
