@@ -94,7 +94,7 @@ CELLS: dict[str, Cell] = {
     "attention": Cell((f"losses=[{_HIDDEN}, {_ATTENTION}]", "teacher.attn_implementation=eager"), SEEDS),
     "pure": Cell(_PURE, SEEDS),
     **{f"hard_{rate}e-4": Cell(("distill.alpha=0", f"train.learning_rate={rate}.0e-4")) for rate in (4, 16)},
-    **{f"temperature_{t}": Cell((f"distill.temperature={t}",)) for t in (1, 3, 4, 10)},
+    **{f"temperature_{t}": Cell((f"distill.temperature={t}",), SEEDS) for t in (1, 3, 4, 10)},
     **{f"alpha_{a}": Cell((f"distill.alpha={a}",), SEEDS) for a in (0.3, 0.9, 1)},
     **{
         name: Cell((*_PURE, f"distill.divergence={name}"))
