@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from ..core.json_types import JSON, JSONObject
 from ..core.references import path_exists, reference_kind
@@ -68,12 +69,17 @@ def model_files(name: str, revision: str | None = None) -> ModelFiles:
         revision: the revision of a model on the Hub.
 
     Raises:
-        DistillError: see `translate_hub_errors`; a file is not a JSON object.
+        DistillError: see `translate_hub_errors`; a file is not a JSON object; the Hub cannot be reached and no file of
+            the model is in the local cache.
     """
-    is_local, commit = reference_kind(name) != "id", None
+    is_local, commit, is_reachable = reference_kind(name) != "id", None, True
     parts: dict[str, JSONObject | None] = {}
     for key, file in _FILES.items():
-        path = _fetch_file(name, file, commit or revision, is_local)
+        path = Path(name) / file if is_local else None
+        if path is None:
+            path, is_reachable = _fetch_file(name, file, commit or revision, is_reachable)
+        elif not (path_exists(path) and path.is_file()):
+            path = None
         parts[key] = None if path is None else _read_json_object(path, f"{name}: {file}")
         commit = commit or (path.parent.name if path is not None and not is_local else None)
     safe = parts["adapter"] is not None and _has_file(name, ADAPTER_WEIGHTS, commit or revision, is_local)
@@ -204,20 +210,29 @@ def _read_json_object(path: Path, what: str) -> JSONObject:
     return content
 
 
-def _fetch_file(name: str, file: str, revision: str | None, is_local: bool) -> Path | None:
-    """Return the local path of a file of a model, downloaded if needed; None if the model has no such file."""
-    if is_local:
-        path = Path(name) / file
-        return path if path_exists(path) and path.is_file() else None
+def _fetch_file(name: str, file: str, revision: str | None, is_reachable: bool) -> tuple[Path | None, bool]:
+    """Find a file of a model on the Hub, downloaded if needed; the Hub is asked again only if it answered before.
+
+    Returns:
+        (the local path of the file, None if the model has no such file; whether the Hub can be reached).
+
+    Raises:
+        DistillError: see `translate_hub_errors`; the Hub cannot be reached and no file of the model is in the cache.
+    """
     with translate_hub_errors(name, "model", revision, file):
         try:
-            return Path(hf_hub_download(name, file, revision=revision))
+            return Path(hf_hub_download(name, file, revision=revision, local_files_only=not is_reachable)), is_reachable
         except LocalEntryNotFoundError as error:
             if isinstance(error.__cause__, HfHubHTTPError):
                 raise
-            return None  # offline, transformers reads only the cache as well
         except RemoteEntryNotFoundError:
-            return None
+            return None, is_reachable
+    if not Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots").is_dir():
+        raise DistillError(
+            f"The Hub cannot be reached, and the local cache has no file of the model repository {name!r}. Run this "
+            f"once with a connection; afterwards it works without one. If {name!r} is a folder, write ./{name}."
+        )
+    return None, False  # transformers reads only the cache as well
 
 
 def _has_file(name: str, file: str, revision: str | None, is_local: bool) -> bool:

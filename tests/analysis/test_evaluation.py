@@ -161,7 +161,8 @@ def test_saved_scores_are_not_computed_again(run, tasks, monkeypatch):
 
 
 def test_unknown_tasks_and_models_give_an_error_before_a_model_is_loaded(run, tasks, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for module in ("huggingface_hub.constants", "datasets.config"):  # they read the environment when they are imported
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("hf_distill.analysis.evaluation.RunModels", None)
     with pytest.raises(DistillError, match=r"no task 'color'; did you mean 'colors'"):
         retention_of(run, names=["color"], folder=tasks)

@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import Hub
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -272,3 +274,39 @@ def test_pickles_are_loaded_where_the_user_allows_them(hub, model_bytes, adapter
     hub.put("models", "org/adapter", files)
     with load_policy(LoadPolicy(pickles=True)):
         assert load_pretrained(AutoModelForCausalLM, "org/adapter")
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """Make the Hub unreachable when the fixture is called; it returns the list of the files that it is asked for."""
+
+    def disconnect() -> list[str]:
+        template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        asked = list[str]()
+
+        def download(name: str, file: str, local_files_only: bool, **options) -> str:
+            asked.extend([] if local_files_only else [file])
+            return hf_hub_download(name, file, local_files_only=local_files_only, **options)
+
+        monkeypatch.setattr(sys.modules["hf_distill.hub.model_files"], "hf_hub_download", download)
+        return asked
+
+    return disconnect
+
+
+def test_an_unreachable_hub_is_asked_for_one_file_of_a_model_that_is_not_in_the_cache(hub, unreachable):
+    """Each question is repeated for half a minute, and the Hub would be asked for every file."""
+    hub.put("models", "o/model", {"config.json": b"{}"})
+    asked = unreachable()
+    with pytest.raises(DistillError, match=r"no file of the model repository 'o/model'.* write \./o/model"):
+        check_model("o/model")
+    assert asked == ["config.json"]
+
+
+def test_an_unreachable_hub_is_asked_for_one_missing_file_of_a_model_in_the_cache(hub, unreachable):
+    hub.put("models", "o/model", {"config.json": b"{}", "tokenizer_config.json": b'{"a": 1}'})
+    files = check_model("o/model")
+    asked = unreachable()
+    assert check_model("o/model") == files
+    assert asked == ["config.json", "adapter_config.json"]
