@@ -123,9 +123,9 @@ CELLS: dict[str, Cell] = {
     "depth_and_width_hard": Cell((_shape(NARROW_AND_SHALLOW), "distill.alpha=0"), SEEDS),
     "random_start": Cell(("start=random",), SEEDS),
     "random_start_hard": Cell(("start=random", "distill.alpha=0"), SEEDS),
-    "technical": Cell(("rows=technical",), apart=True),
-    "general": Cell(("rows=general",), apart=True),
-    "mixed": Cell(("rows=mixed",), apart=True),
+    "technical": Cell(("rows=technical",), SEEDS, apart=True),
+    "general": Cell(("rows=general",), SEEDS, apart=True),
+    "mixed": Cell(("rows=mixed",), SEEDS, apart=True),
 }
 
 
@@ -187,7 +187,7 @@ def recipe_values(
     }
     if cell.card and seed == 0:
         values["control"] = "sft"
-    else:  # it is measured after its run, against the same teacher as all others
+    elif not cell.curve:  # it is measured after its run, against the same teacher as all others
         held_out["max_rows"] = 2
     if cell.curve:
         values["train"] |= {"eval_strategy": "steps", "eval_steps": 2 * STEPS // 5}

@@ -210,3 +210,12 @@ def test_a_search_with_rounded_weights_says_so_and_prints_one_command(tmp_path):
     (command,) = [line for line in result.output.splitlines() if line.startswith("Train it: ")]
     assert command.count("student.from_teacher") == 1
     assert "calibration_rows: 4" in command
+
+
+def test_options_of_a_search_are_refused_without_a_search(tmp_path):
+    sizes = "student={from_teacher: {keep_layers: 2}}"
+    arguments = ["prune", "quickstart", "-o", str(tmp_path / "x"), sizes, "--smoke", "--eta", "3", "--by", "kl"]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, DistillError)
+    assert "--by, --eta would have no effect" in str(result.exception)
+    assert not (tmp_path / "x").exists()

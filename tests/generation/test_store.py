@@ -66,9 +66,9 @@ def write_until_killed(folder: Path, event: int, cut: int | None, has_signals: b
                 os.kill(os.getpid(), signal.SIGKILL)
             count += 1
 
-    def write_half(table, file, write=pq.write_table):
+    def write_half(table, file, *, write=pq.write_table, **options):
         nonlocal written
-        write(table, file)
+        write(table, file, **options)
         if written == cut:
             os.truncate(file, Path(file).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)

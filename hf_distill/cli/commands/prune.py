@@ -11,6 +11,7 @@ from rich.table import Table
 from ...core.defaults import SEARCH_CRITERION, SEARCH_ETA, SHAPE_SEARCH_STEPS
 from ...core.held_out_metrics import formatted, metrics_of_teacher, shown_metrics
 from ...core.pruned_sizes import millions, shape_text
+from ...errors import DistillError
 from ..app import (
     AllowPickles,
     AsJson,
@@ -38,13 +39,23 @@ def prune(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the student; it must not exist.")],
     overrides: Overrides = None,
     by: Annotated[
-        str,
-        typer.Option(help="Criterion of the search for target_parameters: nll of the labels, or kl to the teacher."),
-    ] = SEARCH_CRITERION,
-    eta: Annotated[int, typer.Option(help="After each rung of the search, one of ETA shapes continues.")] = SEARCH_ETA,
+        str | None,
+        typer.Option(
+            help="Criterion of the search for target_parameters: nll of the labels, or kl to the teacher.",
+            show_default=SEARCH_CRITERION,
+        ),
+    ] = None,
+    eta: Annotated[
+        int | None,
+        typer.Option(help="After each rung of the search, one of ETA shapes continues.", show_default=str(SEARCH_ETA)),
+    ] = None,
     steps: Annotated[
-        int, typer.Option(help="Length of the search: the last ETA shapes are trained for STEPS / ETA steps.")
-    ] = SHAPE_SEARCH_STEPS,
+        int | None,
+        typer.Option(
+            help="Length of the search: the last ETA shapes are trained for STEPS / ETA steps.",
+            show_default=str(SHAPE_SEARCH_STEPS),
+        ),
+    ] = None,
     smoke: Smoke = False,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -59,6 +70,9 @@ def prune(
     from ...recipe.load import load_recipe
 
     requested = overrides or []
+    search_options = {"--by": by, "--eta": eta, "--steps": steps}
+    by, eta = SEARCH_CRITERION if by is None else by, SEARCH_ETA if eta is None else eta
+    steps = SHAPE_SEARCH_STEPS if steps is None else steps
     # The 4 steps of a smoke run are too few for the rungs.
     loaded = load_recipe(recipe, [f"train.max_steps={steps}", *requested] if smoke else requested, smoke=smoke)
     out.quiet |= as_json
@@ -74,7 +88,13 @@ def prune(
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         check_prunable_recipe(loaded, output)
         cut = loaded.student.from_teacher
-        if cut is not None and cut.target_parameters is not None:
+        needs_search = cut is not None and cut.target_parameters is not None
+        if not needs_search and (given := [name for name, value in search_options.items() if value is not None]):
+            raise DistillError(
+                f"{', '.join(given)} would have no effect: the sizes of the student are given, so no shapes are "
+                "compared. Set student.from_teacher.target_parameters for a search, or leave the options out."
+            )
+        if needs_search:
             search = find_shape(loaded, f"{output}-search", by, eta, steps, progress.log_stage)
             loaded = loaded.model_copy(deep=True)
             loaded.student.from_teacher = search.from_teacher
