@@ -101,8 +101,8 @@ CELLS: dict[str, Cell] = {
         for name in ("reverse_kl", "js", "skew_kl", "total_variation", "adaptive_kl")
     },
     **{f"teacher_{bits}": Cell((f"teacher.quantization={bits}",), SEEDS) for bits in ("int8", "nf4")},
-    "progressive": Cell(("stages=shared",)),  # the steps of one student, shared among three
-    "progressive_each": Cell(("stages=each",)),  # each as many as the others have
+    "progressive": Cell(("stages=shared",), SEEDS),  # the steps of one student, shared among three
+    "progressive_each": Cell(("stages=each",), SEEDS),  # each as many as the others have
     "online": Cell(("teacher.kind=online", "teacher.learning_rate=1.0e-4")),
     "mutual": Cell(("teacher.kind=mutual", "teacher.learning_rate=3.0e-4")),
     "ema": Cell((*_student_and_teacher("kind: ema, decay: 0.9, warmup: 4"), "distill.alpha=0.3")),
@@ -112,7 +112,7 @@ CELLS: dict[str, Cell] = {
     "cache_hidden": _cached(seeds=SEEDS, kind="hidden"),
     "cache_sampled_12": _cached(seeds=SEEDS, kind="sampled", samples_per_token=12),
     "cache_sampled_12_half": _cached(
-        "distill.alpha=0.5", "distill.temperature=1", kind="sampled", samples_per_token=12
+        "distill.alpha=0.5", "distill.temperature=1", seeds=SEEDS, kind="sampled", samples_per_token=12
     ),
     "cache_sampled_50": _cached(seeds=SEEDS, kind="sampled", samples_per_token=50),
     "cache_top_12": _cached(seeds=SEEDS, kind="top_k", k=12),
