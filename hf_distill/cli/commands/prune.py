@@ -3,7 +3,8 @@
 import json
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -28,6 +29,7 @@ from ..confirm import confirm_downloads
 
 if TYPE_CHECKING:
     from ...analysis.shape_search import ShapeSearchResult
+    from ...recipe.schema import Recipe as LoadedRecipe
     from ...runner.prune import PrunedModel
 
 _FROM_TEACHER = "student.from_teacher"
@@ -70,11 +72,11 @@ def prune(
     from ...recipe.load import load_recipe
 
     requested = overrides or []
-    search_options = {"--by": by, "--eta": eta, "--steps": steps}
-    by, eta = SEARCH_CRITERION if by is None else by, SEARCH_ETA if eta is None else eta
-    steps = SHAPE_SEARCH_STEPS if steps is None else steps
+    search_options: dict[str, Any] = {"by": by, "eta": eta, "steps": steps}
+    search_options = {name: value for name, value in search_options.items() if value is not None}
     # The 4 steps of a smoke run are too few for the rungs.
-    loaded = load_recipe(recipe, [f"train.max_steps={steps}", *requested] if smoke else requested, smoke=smoke)
+    smoke_steps = [f"train.max_steps={SHAPE_SEARCH_STEPS if steps is None else steps}"] if smoke else []
+    loaded = load_recipe(recipe, [*smoke_steps, *requested], smoke=smoke)
     out.quiet |= as_json
     confirm_downloads(recipe, loaded, yes)
     disable_library_progress_bars()
@@ -87,15 +89,8 @@ def prune(
     search = None
     with RichProgress(out) as progress, load_policy(LoadPolicy(trust_remote_code, allow_pickles)):
         check_prunable_recipe(loaded, output)
-        cut = loaded.student.from_teacher
-        needs_search = cut is not None and cut.target_parameters is not None
-        if not needs_search and (given := [name for name, value in search_options.items() if value is not None]):
-            raise DistillError(
-                f"{', '.join(given)} would have no effect: the sizes of the student are given, so no shapes are "
-                "compared. Set student.from_teacher.target_parameters for a search, or leave the options out."
-            )
-        if needs_search:
-            search = find_shape(loaded, f"{output}-search", by, eta, steps, progress.log_stage)
+        if _needs_search(loaded, search_options):
+            search = find_shape(loaded, f"{output}-search", on_stage=progress.log_stage, **search_options)
             loaded = loaded.model_copy(deep=True)
             loaded.student.from_teacher = search.from_teacher
         model = prune_recipe(loaded, output, progress.log_stage, None if search is None else search_values(search))
@@ -110,6 +105,24 @@ def prune(
     out.print(f"Student: {model.folder}", soft_wrap=True, highlight=False)
     command = _training_command(recipe, requested, search, smoke)
     out.print(f"Train it: {command}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _needs_search(recipe: "LoadedRecipe", search_options: Mapping[str, Any]) -> bool:
+    """Whether the shape of the student is searched.
+
+    Raises:
+        DistillError: it is not, and options of the search are given.
+    """
+    cut = recipe.student.from_teacher
+    if cut is not None and cut.target_parameters is not None:
+        return True
+    if search_options:
+        raise DistillError(
+            f"{', '.join(f'--{name}' for name in search_options)} would have no effect: the sizes of the student are "
+            "given, so no shapes are compared. Set student.from_teacher.target_parameters for a search, or leave the "
+            "options out."
+        )
+    return False
 
 
 def _training_command(recipe: str, overrides: list[str], search: "ShapeSearchResult | None", smoke: bool) -> str:
