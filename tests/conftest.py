@@ -20,6 +20,7 @@ from tiny import build, collate, rows
 from transformers import AutoTokenizer
 
 from hf_distill import DistillConfig, DistillTrainer
+from hf_distill.losses import LOSSES
 from hf_distill.runner.model_loading import resolve_model
 
 
@@ -28,6 +29,15 @@ def _frozen():
     """Freeze existing objects: the garbage collection in each training would walk every imported module."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _registered_losses():
+    """Remove the losses that a test registers, which messages of other tests would list."""
+    yield
+    for name, registered in list(LOSSES.items()):
+        if not registered.function.__module__.startswith("hf_distill."):
+            del LOSSES[name]
 
 
 @pytest.fixture

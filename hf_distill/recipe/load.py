@@ -179,7 +179,7 @@ def _validate_fields(values: JSONObject, reported_locations: set[Location]) -> t
             recipe = Recipe.model_validate(values)
         except ValidationError as error:
             items = error.errors()
-            new = problem_lines([item for item in items if item["loc"] not in reported_locations])
+            new = problem_lines([item for item in items if item["loc"] not in reported_locations], values)
             lines += [line for line in new if line not in lines]
             has_removed_keys = remove_unknown_keys(values, items)
     return recipe, lines + (_hidden_contradictions(values, lines) if recipe is None else [])
@@ -198,7 +198,7 @@ def _hidden_contradictions(values: JSONObject, reported_problems: list[str]) -> 
             break
         except ValidationError as error:
             items = error.errors()
-        new = problem_lines([item for item in items if item["type"] == "value_error"])
+        new = problem_lines([item for item in items if item["type"] == "value_error"], values)
         lines += [
             line for line in new if line not in reported_problems + lines and not any(name in line for name in names)
         ]
@@ -221,7 +221,7 @@ def _stage_problems(values: JSONObject) -> list[str]:
                 kind.model_validate(needed | section)
             except ValidationError as error:
                 items = error.errors()
-                source = problem_lines([item | {"loc": (part, *item["loc"])} for item in items])
+                source = problem_lines([item | {"loc": (part, *item["loc"])} for item in items], stage)
                 lines += [f"stages.{number}.{line}" for line in source]
     return lines
 

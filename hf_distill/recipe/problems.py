@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 from pydantic_core import ErrorDetails
 
@@ -35,14 +36,14 @@ def dotted_key(location: Location) -> str:
     return printable(".".join(map(short_text, location))) or "recipe"
 
 
-def problem_lines(errors: Sequence[ErrorDetails]) -> list[str]:
-    """Return the lines that describe the errors of a validation.
+def problem_lines(errors: Sequence[ErrorDetails], values: JSONObject) -> list[str]:
+    """Return the lines that describe the errors of a validation of `values`.
 
     pydantic reports a value for which several types are allowed (`int | str`) once for each of them. It gets one line,
     or only the lines about what is inside the value if it has one of these types.
     """
-    locations = [_without_types(item["loc"]) for item in errors]
-    unions = [_union_of(item["loc"]) for item in errors]
+    locations = [_without_types(item["loc"], values) for item in errors]
+    unions = [_union_of(item["loc"], values) for item in errors]
     entered = {union for union, location in zip(unions, locations, strict=True) if union not in (None, location)}
     lines: list[str] = []
     for i, (item, location, union) in enumerate(zip(errors, locations, unions, strict=True)):
@@ -54,19 +55,28 @@ def problem_lines(errors: Sequence[ErrorDetails]) -> list[str]:
     return lines
 
 
-def _without_types(location: Location) -> Location:
+def _without_types(location: Location, values: JSONObject) -> Location:
     """Return a location without the names of types that pydantic inserts."""
-    return tuple(part for part in location if not _is_type_name(part))
+    are_types = _are_type_names(location, values)
+    return tuple(part for part, is_type in zip(location, are_types, strict=True) if not is_type)
 
 
-def _union_of(location: Location) -> Location | None:
+def _union_of(location: Location, values: JSONObject) -> Location | None:
     """Return the location of the innermost value around a location for which several types are allowed; None: none."""
-    last = max((i for i, part in enumerate(location) if _is_type_name(part)), default=None)
-    return None if last is None else _without_types(location[:last])
+    last = max((i for i, is_type in enumerate(_are_type_names(location, values)) if is_type), default=None)
+    return None if last is None else _without_types(location[:last], values)
 
 
-def _is_type_name(part: int | str) -> bool:
-    return isinstance(part, str) and _TYPE_NAME.fullmatch(part) is not None
+def _are_type_names(location: Location, values: JSONObject) -> list[bool]:
+    """Return for each part of a location whether it is the name of a type, and no key of the recipe such as `float`."""
+    node: object = values
+    are_types = []
+    for part in location:
+        is_key = isinstance(node, dict) and part in node
+        if is_key or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+            node = cast(Any, node)[part]
+        are_types.append(not is_key and isinstance(part, str) and _TYPE_NAME.fullmatch(part) is not None)
+    return are_types
 
 
 def _union_lines(location: Location, errors: Sequence[ErrorDetails]) -> list[str]:

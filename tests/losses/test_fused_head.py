@@ -162,21 +162,17 @@ def student_logits(hs, ws, labels):
 
 
 def test_a_custom_loss_needs_no_analytic_gradient():
-    try:
+    @loss("squared", compares=("logits",))
+    def squared(student, teacher, targets=None, *, temperature: float = 1.0):
+        s, t = align(student, teacher, temperature)
+        return (s.exp() - t.exp()).pow(2).sum(-1)
 
-        @loss("squared", compares=("logits",))
-        def squared(student, teacher, targets=None, *, temperature: float = 1.0):
-            s, t = align(student, teacher, temperature)
-            return (s.exp() - t.exp()).pow(2).sum(-1)
-
-        hs, ws, _, ht, wt, labels = inputs()
-        got = fused_distillation_loss(hs, ws, ht, wt, labels, divergence="squared", temperature=2.0, chunk_tokens=5)
-        expected = naive_loss(hs, ws, None, ht, wt, labels, divergence="squared", temperature=2.0)
-        torch.testing.assert_close(got, expected)
-        for a, b in zip(gradients(got, (hs, ws)), gradients(expected, (hs, ws)), strict=True):
-            torch.testing.assert_close(a, b)
-    finally:
-        LOSSES.pop("squared", None)
+    hs, ws, _, ht, wt, labels = inputs()
+    got = fused_distillation_loss(hs, ws, ht, wt, labels, divergence="squared", temperature=2.0, chunk_tokens=5)
+    expected = naive_loss(hs, ws, None, ht, wt, labels, divergence="squared", temperature=2.0)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(gradients(got, (hs, ws)), gradients(expected, (hs, ws)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_several_terms_are_summed_with_their_weights():

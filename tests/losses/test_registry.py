@@ -1,15 +1,7 @@
 import pytest
 
 from hf_distill import DistillError
-from hf_distill.losses import LOSSES, get_loss, loss
-
-
-@pytest.fixture(autouse=True)
-def _restore_registry():
-    before = dict(LOSSES)
-    yield
-    LOSSES.clear()
-    LOSSES.update(before)
+from hf_distill.losses import get_loss, loss
 
 
 def test_keyword_parameters_of_a_loss_function_are_options():

@@ -60,9 +60,10 @@ PROBLEMS = [
 
 @pytest.mark.parametrize(("step", "message"), PROBLEMS)
 def test_a_wrong_filter_is_an_error_with_its_key(step, message, generate_schema):
+    values = {"generate": {"filters": [step]}}
     with pytest.raises(ValidationError) as error:
-        Section.model_validate({"generate": {"filters": [step]}})
-    assert any(message in line for line in problem_lines(error.value.errors()))
+        Section.model_validate(values)
+    assert any(message in line for line in problem_lines(error.value.errors(), values))
 
 
 def test_wrong_and_unknown_keys_of_filters_are_removed_to_find_further_problems(generate_schema):

@@ -124,6 +124,17 @@ def test_every_problem_is_reported_at_once_with_its_key():
         assert any(problem.startswith(start) for problem in problems), (start, problems)
 
 
+def test_keys_with_the_name_of_a_type_are_reported_where_they_are():
+    def spoil(values):
+        values["float"] = 1
+        values["train"]["str"] = 1
+        values["data"]["int"] = {"path": 3}
+
+    problems = problems_of(spoil)
+    for start in ("float: unknown key", "train.str: unknown key", "data.int.path: "):
+        assert any(problem.startswith(start) for problem in problems), (start, problems)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
