@@ -30,7 +30,7 @@ def naive_metrics(pair, tokens=None):
 @pytest.mark.parametrize("name", ["quickstart", "task-mix", "mutual", "cached"])
 def test_metrics_of_a_pair_equal_those_of_the_run(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    run = run_of(tmp_path / "run", name)
+    run = run_of(tmp_path / "run", name, "data.task.path=package:builtins")
     kl, ce, _ = naive_metrics(ModelPair.of_run(run))
     after = run.results["models"]["student"]
     assert math.exp(ce) == pytest.approx(after["perplexity"], rel=1e-5)

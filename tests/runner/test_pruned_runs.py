@@ -111,8 +111,8 @@ def _projectors(trainer):
 
 
 def test_a_cache_has_the_layers_that_the_student_keeps(tmp_path):
-    changed = recipe(tmp_path / "run", FEATURES, "control=null")
-    _, manifest = write_recipe_cache(changed, str(tmp_path / "cache"), kind="hidden")
+    changed = recipe(tmp_path / "run", FEATURES, "control=null", "data.task.path=package:builtins")
+    _, manifest = write_recipe_cache(changed, str(tmp_path / "cache"), kind="hidden", batch_size=64)
     values = changed.model_dump(exclude_unset=True)
     values["teacher"] = {"kind": "cached", "path": str(tmp_path / "cache"), "source": {"model": "smoke:llama/teacher"}}
     result = run_recipe(validate(values))

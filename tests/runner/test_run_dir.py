@@ -253,14 +253,15 @@ def test_a_cache_that_was_written_again_by_another_teacher_is_refused_on_resume(
         tmp_path / "run",
         f"teacher={{kind: cached, path: {cache}, source: {{model: {teacher}}}}}",
         "student={model: smoke:llama/student}",
+        "data.task.path=package:builtins",
     )
     save_model("smoke:llama/teacher", teacher)
-    write_recipe_cache(one())
+    write_recipe_cache(one(), batch_size=64)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(one(), callbacks=[Stop()])
     shutil.move(cache, tmp_path / "first")
     save_model("smoke:llama/teacher", teacher, 5)
-    write_recipe_cache(one())
+    write_recipe_cache(one(), batch_size=64)
     with pytest.raises(DistillError, match=r"because the cache of the teacher changed"):
         run_recipe(one(), resume=True)
     shutil.rmtree(cache)
