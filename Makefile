@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# The tests of one file share fixtures. Tests on several processes run after the others.
-APART  := -n auto --maxprocesses 4 --dist loadfile
+# The tests of one file share fixtures. Those in tests/distributed run long and begin first; they also wait for processes
+# and builds of DeepSpeed, so there is one process of pytest more than on two cores.
+PYTEST := -m pytest tests/distributed tests -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-models test-minimum-versions test-triton test-vllm check lint docs dist bench evidence notebook soak fuzz browser clean
 .DELETE_ON_ERROR:
@@ -33,8 +34,7 @@ browser:
 	  echo "Install chromium: the test of reports needs a browser."
 
 test: $(VENV)/installed-dev browser
-	$(BIN)/python -m pytest tests --ignore tests/distributed $(APART)
-	$(BIN)/python -m pytest tests/distributed
+	$(BIN)/python $(PYTEST)
 
 # Compares every transformers class that predicts ids or classes with a plain reference: 12 minutes on two busy cores.
 # Classes that are in build/models.jsonl are not run again. The test suite contains a sample.
@@ -52,8 +52,7 @@ $(VENV)-minimum/installed: setup.cfg
 	touch $@
 
 test-minimum-versions: $(VENV)-minimum/installed browser
-	$(VENV)-minimum/bin/python -m pytest tests --ignore tests/distributed $(APART)
-	$(VENV)-minimum/bin/python -m pytest tests/distributed
+	$(VENV)-minimum/bin/python $(PYTEST)
 
 # PyTorch for CPUs comes without Triton, whose wheel has 286 MB. Its interpreter runs the GPU kernel on a CPU.
 $(VENV)-triton/installed: setup.cfg
