@@ -40,7 +40,7 @@ def prepared():
 
 
 def student_of(teacher):
-    """Return the quickstart's student: 20 blocks, chosen by block influence."""
+    """Return the quickstart's student: 20 layers, chosen by block influence."""
     from measure import RESULTS
 
     from hf_distill.models.pruning import cut_student

@@ -1,8 +1,8 @@
-"""Measure a training step of `DistillTrainer` without and with compiled blocks; all rows have one length.
+"""Measure a training step of `DistillTrainer` without and with compiled layers; all rows have one length.
 
     python benchmarks/compiled_step.py [rounds]
 
-It runs on the GPU if there is one, in bf16. The first steps, in which the blocks are compiled, are measured apart.
+It runs on the GPU if there is one, in bf16. The first steps, in which the layers are compiled, are measured apart.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Measure the speed of packed against padded rows, and what mixing two sources adds to a step.
 
-SmolLM2-135M is distilled into 10 of its blocks with forward KL at T = 1. Packing: the paragraphs of Python's
+SmolLM2-135M is distilled into 10 of its layers with forward KL at T = 1. Packing: the paragraphs of Python's
 documentation that have 20 to 256 tokens, all of them target tokens, as padded batches of 16 or packed into rows of 256
 with as many tokens per batch. Only tokens of the examples count, not padding. Mixing: steps on rows of one source and
 on the same rows as two sources mixed 7 : 3, with the losses of each source, interleaved in one process. A step includes

@@ -2,7 +2,7 @@
 
 python benchmarks/embeddings.py [STEPS]     writes results/embeddings.json
 
-The control is the same student without training: the blocks of the teacher that the student starts with. All numbers
+The control is the same student without training: the layers of the teacher that the student starts with. All numbers
 are on held-out topics of Python's documentation, which is part of Python.
 """
 

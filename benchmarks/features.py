@@ -1,6 +1,6 @@
 """Measure the memory of captured features for 4 pairs of layers, and the time of a step with losses on features.
 
-Teacher: SmolLM2-135M (30 blocks, width 576); student: 20 of its blocks. Rows of 256 tokens, all of them target tokens.
+Teacher: SmolLM2-135M (30 layers, width 576); student: 20 of its layers. Rows of 256 tokens, all of them target tokens.
 
     python benchmarks/features.py [rounds]
 """

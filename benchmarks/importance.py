@@ -3,7 +3,7 @@
 python importance.py norms: whether the weights of norms over fewer channels should be rescaled, before and after STEPS
 steps of distillation (forward KL at T = 1).
 
-SmolLM2-135M-Instruct (30 blocks, 576 channels, 1536 neurons, 9 heads) on the texts of the evidence: importance is
+SmolLM2-135M-Instruct (30 layers, 576 channels, 1536 neurons, 9 heads) on the texts of the evidence: importance is
 measured on training rows of up to 256 tokens, and perplexity on held-out rows. One thread; seconds are CPU seconds.
 """
 
@@ -30,7 +30,7 @@ from texts import prepare  # noqa: E402
 TEXTS = HERE.parent / "runs/evidence/texts"
 STEPS, LEARNING_RATE = 24, 5e-4
 ROWS, HELD_OUT_ROWS, COST_ROWS, MAX_LENGTH, ROUNDS = 16, 16, 4, 256, 5
-# Sizes with 80.7 to 82.0 million parameters. Blocks are chosen by block influence.
+# Sizes with 80.7 to 82.0 million parameters. Layers are chosen by block influence.
 SHAPES: dict[str, dict[str, int]] = {
     "depth": {"keep_layers": 15},
     "neurons": {"intermediate_size": 512},

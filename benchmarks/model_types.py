@@ -1,7 +1,7 @@
 """Measure a step of classifiers and question answering beside a `Trainer` whose `compute_loss` runs the teacher.
 
 The compared trainer is the one of the guides: it adds the teacher's forward and the KL in a few lines. BERT of 12 and 6
-blocks of width 384 with 8 rows of 128 tokens, ViT of 12 and 6 blocks of width 192 with 8 images of 224 pixels. The
+layers of width 384 with 8 rows of 128 tokens, ViT of 12 and 6 layers of width 192 with 8 images of 224 pixels. The
 figures are CPU seconds of one thread.
 
     python benchmarks/model_types.py [rounds]

@@ -1,6 +1,6 @@
 """Measure OnPolicyDistillTrainer beside TRL's DistillationTrainer: tokens per second, memory, and shares of a step.
 
-Reverse KL at T = 1 from SmolLM2-135M into 10 of its blocks, 8 completions of 64 tokens in an optimizer step, on one
+Reverse KL at T = 1 from SmolLM2-135M into 10 of its layers, 8 completions of 64 tokens in an optimizer step, on one
 thread. Seconds are those of the CPU in this process, so that other processes count less. Peak memory is that of the
 steps over the resident memory before them.
 

@@ -1,6 +1,6 @@
 """Measure the time of a step with online and self-distillation teachers.
 
-SmolLM2-135M-Instruct, a student of 20 of its 30 blocks, 2 rows of 256 tokens.
+SmolLM2-135M-Instruct, a student of 20 of its 30 layers, 2 rows of 256 tokens.
 
     python benchmarks/online_teachers.py [rounds]
     python benchmarks/online_teachers.py products   only the products with the output heads in a mutual step

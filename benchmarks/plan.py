@@ -1,6 +1,6 @@
 """Compare `plan` with real runs: bytes of weights, gradients, optimizer states and the fused loss in each process.
 
-Teacher: SmolLM2-135M; student: 20 of its 30 blocks, in fp32; 4 rows of 256 tokens per process; two steps of
+Teacher: SmolLM2-135M; student: 20 of its 30 layers, in fp32; 4 rows of 256 tokens per process; two steps of
 DistillTrainer. Weights, gradients and optimizer states are summed over their tensors. The fused loss is the peak of
 resident memory above that before the call, plus the hidden states that it reads.
 

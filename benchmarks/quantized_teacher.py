@@ -1,7 +1,7 @@
 """Measure the effect of quantizing a teacher to INT8 and NF4 (bitsandbytes) on the teacher and on its students.
 
 Teacher: SmolLM2-135M-Instruct: perplexity, KL(quantized || fp32) and bytes. Students: those of the quickstart (20 of 30
-blocks, 36 steps of 512 tokens), distilled from each teacher with the same rows and steps, and compared with the fp32
+layers, 36 steps of 512 tokens), distilled from each teacher with the same rows and steps, and compared with the fp32
 teacher. All metrics are on the held-out tenth of Python's documentation, in rows of 256 tokens. The seed determines the
 split of the text and the order of rows.
 
@@ -22,7 +22,7 @@ CASES = [{"teacher": name} for name in ("fp32", "int8", "nf4")]
 def recipe(case: dict, folder: str):
     from hf_distill.recipe import load_recipe
 
-    layers = load_recipe("features").student.from_teacher.layers  # the blocks that the quickstart selects
+    layers = load_recipe("features").student.from_teacher.layers  # the layers that the quickstart selects
     overrides = [
         f"student.from_teacher={{layers: {layers}}}", "control=null", f"train.output_dir={folder}/run",
         "teacher.dtype=float32", "data.eval.max_rows=1", f"train.seed={case['seed']}",
@@ -56,7 +56,7 @@ def compare(student, teacher, loaded, folder: str) -> dict:
 
 
 def bytes_of(model) -> dict:
-    """Return the bytes of all tensors, and those of the linear layers in blocks."""
+    """Return the bytes of all tensors, and those of the nn.Linear modules in the transformer layers."""
     from hf_distill.models.blocks import find_blocks
 
     def size(module) -> int:

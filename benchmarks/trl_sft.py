@@ -1,7 +1,7 @@
 """Measure the tokens per second of DistillSFTTrainer, padded and packed, against TRL's GKDTrainer.
 
 Forward KL at T = 1 without hard labels, on the same conversations. The target tokens are those of the answers: most of
-the tokens for a tiny pair with V = 49152, about half of them for SmolLM2-135M and 10 of its blocks. Only tokens that
+the tokens for a tiny pair with V = 49152, about half of them for SmolLM2-135M and 10 of its layers. Only tokens that
 the student sees count, not padding.
 
     python benchmarks/trl_sft.py [rounds]

@@ -1,6 +1,6 @@
 """Layer mappings: which student layer is compared with which teacher layer, as functions of the two depths.
 
-Layer i is the output of block i, counted from 0. The output of the embeddings has no index.
+Index i is the output of layer i, counted from 0. The output of the embeddings has no index.
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ from hf_distill.models.pruning import block_influence, cut_student, top_layers
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import status_mib
 
-STEPS, BATCH, BLOCKS, WARM = 40, 2, 15, 2
+STEPS, BATCH, NUM_LAYERS, WARM = 40, 2, 15, 2
 LEARNING_RATE = 8.0e-4  # the one that hard labels do best with in evidence/
 TEXTS = WORK / "texts"
 
@@ -151,7 +151,7 @@ def student_path() -> Path:
         model, tokenizer = load("smollm2")
         prepare_rows(TEXTS, tokenizer, STEPS * BATCH // len(KINDS))
         batches = [dict(tokenizer(row, return_tensors="pt")) for row in training_rows(TEXTS)[:8]]
-        cut_student(model, top_layers(block_influence(model, batches), BLOCKS)).save_pretrained(folder)
+        cut_student(model, top_layers(block_influence(model, batches), NUM_LAYERS)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
 

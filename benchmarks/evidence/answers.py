@@ -1,4 +1,4 @@
-"""Sequence-level distillation: a student of 20 of SmolLM2's 30 blocks, on answers about Python's builtins.
+"""Sequence-level distillation: a student of 20 of SmolLM2's 30 layers, on answers about Python's builtins.
 
 python answers.py prepare     answers of the teacher, and the questions, into runs/evidence/answers.json
 python answers.py ARM SEED    prints JSON; see `run.py`
@@ -31,7 +31,7 @@ from hf_distill.models.pruning import block_influence, cut_student, top_layers
 from hf_distill.runner.model_loading import resolve_model
 
 FILE = Path("runs/evidence/answers.json")  # of the root
-BLOCKS, STEPS, TARGETS, RATE = 20, 24, 256, 8.0e-4  # target tokens of each step
+NUM_LAYERS, STEPS, TARGETS, RATE = 20, 24, 256, 8.0e-4  # target tokens of each step
 LONGEST, CHOICES = 96, 3  # tokens of an answer, answers to choose from
 TRAINING, ANSWERED, HELD_OUT = 250, 110, 48  # questions to train on, those of them that the teacher answers, held out
 
@@ -43,7 +43,7 @@ def load() -> tuple[Any, Any]:
 
 
 def prepare(file: Path = FILE) -> None:
-    """Write the ids of prompts and answers, and the blocks of the student, unless the file exists."""
+    """Write the ids of prompts and answers, and the layers of the student, unless the file exists."""
     if file.is_file():
         return
     model, tokenizer = load()
@@ -68,7 +68,7 @@ def prepare(file: Path = FILE) -> None:
             rows[each.index]["teacher"] = [*ids, end] if each.finish_reason == "stop" else ids[:LONGEST]
     batches = [{"input_ids": torch.tensor([row["prompt"] + row["data"]])} for row in rows[:8]]
     batches = [each | {"attention_mask": torch.ones_like(each["input_ids"])} for each in batches]
-    layers = top_layers(block_influence(model, batches), BLOCKS)
+    layers = top_layers(block_influence(model, batches), NUM_LAYERS)
     held_out = rows[ANSWERED : ANSWERED + HELD_OUT]
     rows = rows[:ANSWERED] + rows[ANSWERED + HELD_OUT :]
     file.parent.mkdir(parents=True, exist_ok=True)

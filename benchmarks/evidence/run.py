@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from cards import cards
-from cells import BLOCKS, CELLS, NARROW_AND_SHALLOW, PEERS, SEEDS, STEPS, TEACHER, answer_runs, recipe_values, runs
+from cells import CELLS, NARROW_AND_SHALLOW, NUM_LAYERS, PEERS, SEEDS, STEPS, TEACHER, answer_runs, recipe_values, runs
 from compute import counted
 from report import RESULTS, write
 from texts import prepare
@@ -101,14 +101,14 @@ def recipe_of(name: str, seed: int, output: Path, *more: str) -> Any:
 
 
 def layers() -> list[int]:
-    """Return the blocks that every student keeps: those of the highest block influence on the first training rows."""
+    """Return the layers that every student keeps: those of the highest block influence on the first training rows."""
     file = WORK / "layers.json"
     if not file.is_file():
         path = resolve_model(TEACHER)
         tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
         rows = [json.loads(line)["text"] for line in (TEXTS / "train.jsonl").read_text().splitlines()[:8]]
         batches = [dict(tokenizer(row, return_tensors="pt", truncation=True, max_length=256)) for row in rows]
-        write_json(file, {"layers": top_layers(block_influence(model, batches), BLOCKS)})
+        write_json(file, {"layers": top_layers(block_influence(model, batches), NUM_LAYERS)})
     return read_json(file)["layers"]
 
 

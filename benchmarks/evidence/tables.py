@@ -82,7 +82,7 @@ def labels(results: Results) -> str:
         "soft labels only (T = 1, alpha = 1)": "pure",
     }
     teacher = results["before", 0]["metrics"]["teacher_perplexity"]
-    return students(results, rows) + f"\n| teacher, 30 blocks | {teacher:.2f} | 0 | 1 | 100 % |"
+    return students(results, rows) + f"\n| teacher, 30 layers | {teacher:.2f} | 0 | 1 | 100 % |"
 
 
 def shapes(results: Results) -> str:
@@ -122,7 +122,7 @@ def quantised(results: Results) -> str:
 def chains(results: Results) -> str:
     """Return the table of progressive distillation."""
     rows = {
-        "30 → 15 blocks": "distilled",
+        "30 → 15 layers": "distilled",
         "30 → 25 → 20 → 15, the same total tokens": "progressive",
         "30 → 25 → 20 → 15, the same tokens per student": "progressive_each",
     }
@@ -294,7 +294,7 @@ def answers(results: Results) -> str:
     if runs := of(results, "answers_before"):
         first = runs[0]
         values = (first["data_teacher_perplexity"], first["teacher_teacher_perplexity"], first["teacher_accuracy"])
-        rows.append(("teacher, 30 blocks", f"{values[0]:.2f}", "0", f"{values[1]:.2f}", "0", f"{values[2]:.3f}"))
+        rows.append(("teacher, 30 layers", f"{values[0]:.2f}", "0", f"{values[1]:.2f}", "0", f"{values[2]:.3f}"))
     head = (
         "trained on",
         "perplexity, data",
@@ -309,7 +309,7 @@ def answers(results: Results) -> str:
 def other_types(results: Results) -> str:
     """Return the table of other model types: metrics of teacher, distilled student, and student on labels alone."""
     settings = {
-        "digits": "images of digits, ViT of 6 blocks into 2: accuracy",
+        "digits": "images of digits, ViT of 6 layers into 2: accuracy",
         "relevance": "relevance for a query, MiniLM of 6 layers into 2: rank correlation",
         "whisper": "speech, whisper-base with 2 of its 6 decoder layers: word error rate",
     }

@@ -50,7 +50,7 @@ class ServedTeacher:
 
     vocab_size: V
     facts:      what the server answered
-    depth:      number of blocks whose outputs the server returns; 0 if it returns none
+    depth:      number of layers whose outputs the server returns; 0 if it returns none
     """
 
     vocab_size: int
@@ -89,7 +89,7 @@ class CacheOptions:
     k:           kind top_k: number of ids per token, 1 to 65535
     labels:      kind top_k: also store the log-probability of each label, which `alm` needs
     dtype:       kind hidden: dtype of the stored hidden states
-    layers:      kind hidden: further blocks of the teacher whose outputs are stored, for losses on hidden states
+    layers:      kind hidden: further layers of the teacher whose outputs are stored, for losses on hidden states
     seed:        kind sampled: seed of the samples, which depend on the seed and the example only
 
     Raises:
@@ -269,7 +269,7 @@ def _describe_data(
 
 
 def count_blocks(model: nn.Module) -> int:
-    """Return the number of blocks of a model, or 0 if they cannot be identified."""
+    """Return the number of layers of a model, or 0 if they cannot be identified."""
     try:
         return len(get_layer_stack(model).blocks)
     except DistillError:
@@ -306,7 +306,7 @@ def _probe_teacher(
     widths = {feature.shape[-1] for feature in teacher_signals.features.values()}
     if head is not None and widths - {head.hidden.shape[-1]}:
         raise DistillError(
-            f"The outputs of the teacher's blocks have width {widths.pop()}, its last hidden states have width "
+            f"The outputs of the teacher's layers have width {widths.pop()}, its last hidden states have width "
             f"{head.hidden.shape[-1]}, and a cache stores hidden states of one width: remove the losses on hidden "
             "states, or train with the teacher itself."
         )

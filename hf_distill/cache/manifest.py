@@ -124,7 +124,7 @@ class Manifest:
     temperature:   T of the stored probabilities; None: the cache supports every T
     vocab_size:    V of the teacher
     width:         H of the teacher; None if its logits are not the product of an output head
-    depth:         number of blocks of the teacher
+    depth:         number of layers of the teacher
     scaling:       logit scaling after the output head: scale, softcap
     teacher:       reference, revision and class of the teacher, and a checksum of its weights; class and weights are
                    "unknown" if the cache was imported, or written from a server that does not tell

@@ -13,7 +13,7 @@ _NVFP4_BLOCK = 16  # weights that share a scale of 8 bits
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """How the linear layers in the transformer blocks of a student are quantized.
+    """How the nn.Linear modules in the transformer layers of a student are quantized.
 
     Attributes:
         name: int8_weight_only or int4_weight_only: integer weights, activations in the dtype of the model.

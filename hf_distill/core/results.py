@@ -15,7 +15,7 @@ class ModelFacts(TypedDict, total=False):
     """
 
     parameters: int
-    blocks: int
+    layers: int
     layers_kept: list[int]
     decoder_layers_kept: list[int]
     encoder_layers_kept: list[int]

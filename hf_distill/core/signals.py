@@ -12,11 +12,11 @@ from .teacher_logits import TeacherLogits
 class FeatureKey:
     """The key of one feature of one layer of a model.
 
-    kind:    "hidden": the block's output hidden states of the N tokens, [N, H]
+    kind:    "hidden": the layer's output hidden states of the N tokens, [N, H]
              "attention": the attention maps' rows of the N tokens, [N, h, S]
              "values": the attention's values, [B, h, S, H / h]
              "embedding": the last hidden states of each row, pooled, [B, H]
-    layer:   index of the block, counted from 0
+    layer:   index of the layer, counted from 0
     stack:   "encoder" or "decoder" of a model that has both, "embedding" for embeddings, else None
     teacher: name of the teacher if there are several, else None
     pooling: of an embedding: one of `POOLINGS`, else None

@@ -107,7 +107,7 @@ def _documents_leak(model: nn.Module, collator: object) -> bool:
         return_seq_idx=getattr(collator, "padding_free", False),  # of TRL's collator
     )
     inner, logits = unwrap_model(model), list[Tensor]()
-    # Short rows would make the shapes of compiled blocks dynamic.
+    # Short rows would make the shapes of compiled layers dynamic.
     with eval_mode(model), torch.compiler.set_stance("force_eager"):
         for first in ([1, 2, 3, 4], [4, 3, 2, 1]):
             batch = collate([{"input_ids": first}, {"input_ids": [1, 2, 3, 4]}])

@@ -73,8 +73,9 @@ def training_lines(facts: CardData) -> list[str]:
     lines.append(f"Student: {_origin(facts.student)}.")
     if quantization := facts.student.get("quantization"):
         lines.append(
-            f"Quantization: {markdown(quantization)}, of the linear layers in the blocks. The student was trained with "
-            "it (quantization-aware distillation) and is saved in it; loading it needs torchao."
+            f"Quantization: {markdown(quantization)}, of the nn.Linear modules in the transformer layers. The "
+            "student was trained with it (quantization-aware distillation) and is saved in it; loading it needs "
+            "torchao."
         )
     return [
         *lines,
@@ -166,8 +167,8 @@ def _student(facts: CardData) -> str:
         origin = "its teacher" if is_cut_from_teacher else _model_link(student.get("model"))
         if not student.get("layers_kept"):
             return f"A model{size}, {origin} {widths}"
-        blocks = "its teacher's blocks" if is_cut_from_teacher else f"the blocks of {origin}"
-        return f"A model{size}, made of {len(student['layers_kept'])} of {blocks}{widths and f', {widths}'}"
+        layers = "its teacher's layers" if is_cut_from_teacher else f"the layers of {origin}"
+        return f"A model{size}, made of {len(student['layers_kept'])} of {layers}{widths and f', {widths}'}"
     kind = "Adapters on" if student.get("adapters") else f"A model{size}, initialized from"
     return f"{kind} {_model_link(student.get('model'))}"
 
@@ -215,7 +216,7 @@ def _teacher(entry: TeacherFacts) -> str:
         parts.append(f"served by {server} on {', '.join(map(markdown, entry['hosts']))}")
         parts += [f"the {entry['top_k']} most probable ids of each token"] if entry.get("top_k") else []
     parts += [f"{_count(entry['parameters'])} parameters"] if entry.get("parameters") else []
-    parts += [f"{entry['blocks']} blocks"] if entry.get("blocks") else []
+    parts += [f"{entry['layers']} layers"] if entry.get("layers") else []
     parts += [f"quantized as {markdown(entry['quantization'])}"] if entry.get("quantization") else []
     parts += [f"license {markdown(entry['license'])}"] if entry.get("license") else []
     return ", ".join(parts)
@@ -225,7 +226,7 @@ def _origin(student: StudentFacts) -> str:
     text = _model_link(student.get("model"))
     widths = f", pruned to {shape_text(student['widths'])}" if student.get("widths") else ""
     if layers := student.get("layers_kept"):
-        return f"blocks {', '.join(map(str, layers))} of {text}{widths}"
+        return f"layers {', '.join(map(str, layers))} of {text}{widths}"
     text += f", commit {code_span(revision[:12])}" if (revision := student.get("revision")) else ""
     return text + widths + (", with adapters" if student.get("adapters") else "")
 

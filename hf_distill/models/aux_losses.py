@@ -288,7 +288,7 @@ def _run_with_labels(model: nn.Module, losses: AuxLosses, call: Callable[[], _T]
         torch.no_grad(),
         losses.recorded(replace),
         _unchanged(model),
-        torch.compiler.set_stance("force_eager"),  # a few rows would make the shapes of compiled blocks dynamic
+        torch.compiler.set_stance("force_eager"),  # a few rows would make the shapes of compiled layers dynamic
     ):
         try:
             return call()

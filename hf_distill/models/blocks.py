@@ -1,4 +1,4 @@
-"""Finds the transformer blocks of a model, without a table of model names."""
+"""Finds the transformer layers of a model, without a table of model names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ SIDECAR = "distill_sidecar"  # name of the submodule that holds trained modules 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The transformer blocks of a model, or of its encoder or decoder.
+    """The transformer layers of a model, or of its encoder or decoder.
 
     name:      "encoder" or "decoder" of a model that has both, else None
-    blocks:    in the order in which they run
+    blocks:    the layers, in the order in which they run
     width:     H, hidden size of their outputs
     causal:    whether attention is causal
     attention: attention implementation: "sdpa", "eager", ...
-    layerdrop: option of the config by which training skips blocks at random (LayerDrop); None if it skips none
+    layerdrop: option of the config by which training skips layers at random (LayerDrop); None if it skips none
     """
 
     name: str | None
@@ -37,15 +37,15 @@ class LayerStack:
 
 
 def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
-    """Return the blocks of a model.
+    """Return the layers of a model.
 
     Args:
         model: a transformers model, with or without wrappers.
         which: "encoder" or "decoder" for a model that has both (None for its decoder), else None. "embedding": the
-            blocks before its embeddings, those of the encoder of a model that has both.
+            layers before its embeddings, those of the encoder of a model that has both.
 
     Raises:
-        DistillError: the model has no such stack, or its blocks cannot be found.
+        DistillError: the model has no such stack, or its layers cannot be found.
     """
     inner: Any = _with_config(model)
     if which == EMBEDDING:
@@ -55,11 +55,11 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
         root = inner.get_encoder() if which == "encoder" else inner.get_decoder()
     elif which is not None and model_type_of(model).name == IMAGE_TEXT.name:
         raise DistillError(
-            f"{type(inner).__name__} is a {IMAGE_TEXT.name}, and losses on features compare the blocks of its language "
+            f"{type(inner).__name__} is a {IMAGE_TEXT.name}, and losses on features compare the layers of its language "
             f"model at the target tokens, not those of its {which}: remove `stack`."
         )
     elif which is not None:
-        raise DistillError(f"{type(inner).__name__} has one stack of blocks and no {which}: remove `stack`.")
+        raise DistillError(f"{type(inner).__name__} has one stack of layers and no {which}: remove `stack`.")
     else:
         root = inner
     _, blocks = find_blocks(root, which)
@@ -70,7 +70,7 @@ def get_layer_stack(model: nn.Module, which: str | None = None) -> LayerStack:
     if getattr(config, "hidden_size", None) is None:
         raise DistillError(
             f"The config of {type(inner).__name__} has no `hidden_size`, so the width of the hidden states of its "
-            "blocks is not known: use losses on logits alone, without torch_compile."
+            "layers is not known: use losses on logits alone, without torch_compile."
         )
     layerdrop = f"{which}_layerdrop" if which else "layerdrop"
     is_dropped = bool(getattr(root, "layerdrop", getattr(config, layerdrop, 0.0)))  # some models copy it when created
@@ -94,7 +94,7 @@ def embedding_module(model: nn.Module) -> nn.Module:
 
 
 def has_encoder_and_decoder(model: nn.Module) -> bool:
-    """Whether a model has two stacks of blocks.
+    """Whether a model has two stacks of layers.
 
     Raises:
         DistillError: neither the model nor a transformers model inside it has a config.
@@ -103,9 +103,9 @@ def has_encoder_and_decoder(model: nn.Module) -> bool:
 
 
 def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of a model's transformer blocks.
+    """Return the name and the list of a model's transformer layers.
 
-    The blocks are the outermost `nn.ModuleList` with as many members as the config has layers, with attention if there
+    The layers are the outermost `nn.ModuleList` with as many members as the config has layers, with attention if there
     are several such lists; in a vision-language model, that of its language model.
 
     Args:
@@ -124,7 +124,7 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     depth = getattr(config, "num_hidden_layers", None)
     if depth is None:
         raise DistillError(
-            f"The config of {type(inner).__name__} has no `num_hidden_layers`, so its blocks cannot be found: use "
+            f"The config of {type(inner).__name__} has no `num_hidden_layers`, so its layers cannot be found: use "
             "losses on logits alone, without torch_compile."
         )
     lists = dict(_outermost_lists(inner))
@@ -137,10 +137,10 @@ def find_blocks(model: nn.Module, which: str | None = None) -> tuple[str, nn.Mod
     has_both = which is None and inner.config.is_encoder_decoder and len(lists) > 1
     if len(matches) != 1 or has_both:
         names = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
-        subject = "an encoder and a decoder" if has_both else f"{len(matches)} lists of {depth} blocks"
+        subject = "an encoder and a decoder" if has_both else f"{len(matches)} lists of {depth} layers"
         raise DistillError(
-            f"{type(inner).__name__} has {subject}, and exactly one list of blocks is needed to find its layers. Its "
-            f"lists and their lengths: {names}."
+            f"{type(inner).__name__} has {subject}, but its layers must be in exactly one list. Its lists and their "
+            f"lengths: {names}."
         )
     return next(iter(matches.items()))
 
@@ -150,7 +150,7 @@ def _has_attention(block: nn.Module) -> bool:
 
 
 def _with_config(model: nn.Module) -> nn.Module:
-    """Return the module whose config describes the blocks: the model, or the only transformers model inside it.
+    """Return the module whose config describes the layers: the model, or the only transformers model inside it.
 
     Raises:
         DistillError: no module has one.
@@ -160,9 +160,9 @@ def _with_config(model: nn.Module) -> nn.Module:
     if described is None:
         lists = ", ".join(f"{name} ({len(blocks)})" for name, blocks in _outermost_lists(model)) or "none"
         raise DistillError(
-            f"{type(model).__name__} is no transformers model and does not contain exactly one, so its blocks and the "
+            f"{type(model).__name__} is no transformers model and does not contain exactly one, so its layers and the "
             "width of their hidden states are not known. Set `self.config = transformers.PretrainedConfig("
-            "num_hidden_layers=..., hidden_size=...)` in the module; the blocks are then its nn.ModuleList of this "
+            "num_hidden_layers=..., hidden_size=...)` in the module; the layers are then its nn.ModuleList of this "
             f"length (its lists and their lengths: {lists}). Or use losses on logits alone, without torch_compile."
         )
     return described

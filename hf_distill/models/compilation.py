@@ -1,7 +1,7 @@
-"""Compiles the transformer blocks of a model with `torch.compile`, and finds modules that are compiled already.
+"""Compiles the transformer layers of a model with `torch.compile`, and finds modules that are compiled already.
 
-Each block is compiled in place (`nn.Module.compile`), so names of parameters, hooks and wrappers stay as they are, and
-blocks of one class share one graph. The output head is not compiled, because its forward is replaced in each step, and
+Each layer is compiled in place (`nn.Module.compile`), so names of parameters, hooks and wrappers stay as they are, and
+layers of one class share one graph. The output head is not compiled, because its forward is replaced in each step, and
 a compiled model would keep the forward of an earlier step.
 """
 
@@ -18,21 +18,21 @@ _PREFIX = "_orig_mod."  # of the names of parameters inside an `OptimizedModule`
 
 
 def compile_blocks(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Compile each transformer block of a model in place; they are traced when they first run.
+    """Compile each transformer layer of a model in place; they are traced when they first run.
 
     Args:
         model: a transformers model, with or without wrappers.
         options: arguments of `torch.compile`.
 
     Raises:
-        DistillError: the blocks of the model are not found.
+        DistillError: the layers of the model are not found.
     """
     for block in transformer_blocks(model):
         block.compile(**options)
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return all transformer blocks of a model: those of the encoder and of the decoder if it has both.
+    """Return all transformer layers of a model: those of the encoder and of the decoder if it has both.
 
     Raises:
         DistillError: they are not found.
@@ -68,7 +68,7 @@ def without_compilation_around_head(model: nn.Module) -> tuple[nn.Module, bool]:
     """Return a model whose output head is outside of every compiled module, and whether one contained it.
 
     Modules that `torch.compile(module)` wraps are replaced by the wrapped ones, and modules that are compiled in place
-    are no longer. Blocks that are compiled in place stay so.
+    are no longer. Layers that are compiled in place stay so.
     """
     was_compiled = False
     while (wrapped := getattr(model, "_orig_mod", None)) is not None:

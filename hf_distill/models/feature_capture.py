@@ -1,6 +1,6 @@
 """Captures features of a model's layers during its forward, for the requested layers and tokens only.
 
-Hidden states are taken by a forward hook on the block. Values and maps of the attention do not leave its module, so
+Hidden states are taken by a forward hook on the layer. Values and maps of the attention do not leave its module, so
 `AttentionInterface`, which all attention of transformers uses, is patched during the forward.
 """
 
@@ -37,10 +37,10 @@ def capture_features(
         feature key -> feature, set by a forward, with its graph if gradients are enabled; see `FeatureKey` for shapes.
 
     Raises:
-        DistillError: a block's attention does not use transformers' AttentionInterface, or returns no maps.
+        DistillError: a layer's attention does not use transformers' AttentionInterface, or returns no maps.
     """
     features: dict[FeatureKey, Tensor] = {}
-    recorded: dict[nn.Module, Attention] = {}  # block -> values and maps of its self-attention
+    recorded: dict[nn.Module, Attention] = {}  # layer -> values and maps of its self-attention
     feature_keys: dict[nn.Module, list[FeatureKey]] = defaultdict(list)
     of_layers = [key for key in feature_requests if key.kind != EMBEDDING]
     stacks = {name: get_layer_stack(model, name) for name in {key.stack for key in of_layers}}
@@ -118,7 +118,7 @@ def _read_feature(
 def _patch_attention(
     block_of_module: Mapping[nn.Module, nn.Module], recorded: dict[nn.Module, Attention]
 ) -> Iterator[None]:
-    """Record values and maps of the first attention of each block (a decoder's cross-attention is the second)."""
+    """Record values and maps of the first attention of each layer (a decoder's cross-attention is the second)."""
     if not block_of_module:
         yield
         return
@@ -141,7 +141,7 @@ def _patch_attention(
             if block is not None and block not in recorded:
                 if gradients and not torch.is_grad_enabled():
                     raise DistillError(
-                        "Reentrant activation checkpointing runs the blocks without a graph, so a loss on "
+                        "Reentrant activation checkpointing runs the layers without a graph, so a loss on "
                         "attention has no gradient: set "
                         'activation_checkpointing_kwargs={"use_reentrant": False}.'
                     )

@@ -20,7 +20,7 @@ from .projectors import LayerMixture, ProjectorConfig
 from .pruned_origin import PrunedOrigin, origin_of
 from .sidecar import Sidecar
 
-StackOf = Callable[[Term], LayerStack]  # returns the blocks of the teacher that a term reads
+StackOf = Callable[[Term], LayerStack]  # returns the layers of the teacher that a term reads
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class FeatureTerm:
 
     term:    term of the objective
     pairs:   (student layer, teacher layer); those from which a learned mapping starts
-    student: the student's blocks
-    teacher: the teacher's blocks
+    student: the student's layers
+    teacher: the teacher's layers
     origin:  what the student was pruned from; None if it was not pruned
     """
 
@@ -174,7 +174,7 @@ class Features:
         Args:
             terms: terms of the objective; those on logits and labels are left out.
             student: the model.
-            teacher: returns the teacher's blocks for a term.
+            teacher: returns the teacher's layers for a term.
             projectors: settings of the projectors.
 
         Raises:
@@ -261,7 +261,7 @@ def _resolve_term(term: Term, student: nn.Module, teacher: StackOf) -> FeatureTe
     student_stack, teacher_stack = get_layer_stack(student, term.stack), teacher(term)
     if student_stack.layerdrop is not None and term.loss.feature != EMBEDDING:
         raise DistillError(
-            f"{term.name} compares blocks of the student, and `{student_stack.layerdrop}` of its config skips blocks "
+            f"{term.name} compares layers of the student, and `{student_stack.layerdrop}` of its config skips layers "
             f"at random in training, which then have no output: load the student with {student_stack.layerdrop}=0.0, "
             "or use losses on logits."
         )

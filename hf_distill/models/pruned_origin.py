@@ -16,9 +16,9 @@ class PrunedOrigin:
     """The units of the teacher that a pruned student consists of. It is an attribute of the model in memory, and is
     not saved.
 
-    depths:   stack -> number of the teacher's blocks; the stack is "encoder" or "decoder" of a model that has both,
+    depths:   stack -> number of the teacher's layers; the stack is "encoder" or "decoder" of a model that has both,
               else None
-    layers:   stack -> indices of the teacher's blocks that were kept, ascending
+    layers:   stack -> indices of the teacher's layers that were kept, ascending
     width:    hidden size of the teacher
     channels: indices of its hidden channels that were kept, ascending; None: all
     """

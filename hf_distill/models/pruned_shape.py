@@ -14,14 +14,14 @@ Units = dict[str, list[int]]  # name of a module of the teacher -> indices of it
 class PrunedShape:
     """Sizes of a student that is pruned from its teacher; None keeps the teacher's.
 
-    layers:                indices of the blocks to keep, each once
+    layers:                indices of the layers to keep, each once
     hidden_size:           number of hidden channels
     intermediate_size:     neurons of each feed-forward network: those of the experts too, unless the config has another
                            size for experts
     moe_intermediate_size: neurons of each expert, of models whose config has this size
-    num_attention_heads:   query heads of a block; key-value groups are kept or left out whole, so that
+    num_attention_heads:   query heads of a layer; key-value groups are kept or left out whole, so that
                            `num_key_value_heads` changes by the same factor
-    num_experts:           experts of a block
+    num_experts:           experts of a layer
     """
 
     layers: tuple[int, ...] | None = None
@@ -41,7 +41,7 @@ class PrunedShape:
 class KeptUnits:
     """The units of the teacher that a pruned student consists of. None: all of them.
 
-    layers:   indices of the blocks
+    layers:   indices of the layers
     channels: indices of the hidden channels, which are the same in the whole model
     neurons:  of each feed-forward network; for experts in one tensor, a list for each expert that is kept
     heads:    query heads of each attention

@@ -1,4 +1,4 @@
-"""Layer pruning: students that are their teacher with fewer blocks."""
+"""Layer pruning: students that are their teacher with fewer layers."""
 
 import copy
 import re
@@ -20,10 +20,10 @@ Value = TypeVar("Value")
 
 
 class InfluenceRecorder:
-    """Sums what `block_influence` measures while a model runs, from the hooks of its blocks.
+    """Sums what `block_influence` measures while a model runs, from the hooks of its layers.
 
     Args:
-        model: a model whose blocks `find_blocks` finds.
+        model: a model whose layers `find_blocks` finds.
         hooks: stack that removes the hooks when it is closed.
     """
 
@@ -42,7 +42,7 @@ class InfluenceRecorder:
         self.count += int(mask.sum())
 
     def influence(self) -> list[float]:
-        """Return the influence of each block on all tokens so far.
+        """Return the influence of each layer on all tokens so far.
 
         Raises:
             DistillError: there was no token.
@@ -83,16 +83,16 @@ def run_on_batches(model: nn.Module, batches: Iterable[dict], start_batch: Calla
 
 
 def block_influence(model: nn.Module, batches: Iterable[dict]) -> list[float]:
-    """Block influence: how much each block changes its hidden states.
+    """Block influence: how much each layer changes its hidden states.
 
-    1 - mean over tokens of cos(input of the block, output of the block)
+    1 - mean over tokens of cos(input of the layer, output of the layer)
 
     Args:
-        model: a model whose blocks `find_blocks` finds.
+        model: a model whose layers `find_blocks` finds.
         batches: inputs, `input_ids` [B, S] and optionally `attention_mask` [B, S]; masked tokens are not counted.
 
     Returns:
-        one number for each block, in [0, 2]; removing the block with the smallest changes the model least.
+        one number for each layer, in [0, 2]; removing the layer with the smallest changes the model least.
 
     Raises:
         DistillError: there is no batch with a token.
@@ -112,21 +112,21 @@ def cut_student(
     encoder_layers: Sequence[int] | None = None,
     decoder_layers: Sequence[int] | None = None,
 ) -> PreTrainedModel:
-    """Copy a teacher with only some of its blocks, in their order; the teacher is not changed.
+    """Copy a teacher with only some of its layers, in their order; the teacher is not changed.
 
     Args:
         teacher: a transformers model.
-        layers: indices of the blocks to keep, each once; block 0 is the first after the embeddings. For a model that
+        layers: indices of the layers to keep, each once; layer 0 is the first after the embeddings. For a model that
             has an encoder and a decoder, use the other arguments.
-        encoder_layers: the same for the encoder of a model that has both; None keeps all of its blocks.
-        decoder_layers: the same for the decoder of a model that has both; None keeps all of its blocks.
+        encoder_layers: the same for the encoder of a model that has both; None keeps all of its layers.
+        decoder_layers: the same for the decoder of a model that has both; None keeps all of its layers.
 
     Returns:
         a model of the teacher's class in training mode, whose config has the new number of layers.
 
     Raises:
         DistillError: an index does not exist or is repeated, or there is no index; the arguments are those of another
-            kind of model; the teacher is quantized; or a block that is left out has weights that the student needs.
+            kind of model; the teacher is quantized; or a layer that is left out has weights that the student needs.
     """
     model = unwrap_model(teacher)
     if getattr(model, "quantization_method", None) is not None:
@@ -157,7 +157,7 @@ def student_of(
         model: the teacher.
         config: config of the student.
         state: weights of the student.
-        cuts: which blocks were kept.
+        cuts: which layers were kept.
         channels: which hidden channels were kept; None: all.
 
     Raises:
@@ -168,14 +168,14 @@ def student_of(
     if differing.missing_keys or differing.unexpected_keys:
         names = ", ".join([*differing.missing_keys, *differing.unexpected_keys][:3])
         raise DistillError(
-            f"{type(model).__name__} cannot be cut to these blocks: its blocks have different weights ({names}). Keep "
-            "block 0, which may hold weights that all blocks share, such as relative position biases."
+            f"{type(model).__name__} cannot be cut to these layers: its layers have different weights ({names}). Keep "
+            "layer 0, which may hold weights that all layers share, such as relative position biases."
         )
     student.tie_weights()
     generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
     for cut in cuts if generation_config is not None else ():
         if cut.stack == "decoder" and (heads := getattr(generation_config, "alignment_heads", None)):
-            # Whisper reads the times of words from these heads, each a pair (block of the decoder, head).
+            # Whisper reads the times of words from these heads, each a pair (layer of the decoder, head).
             kept = [[cut.keep.index(block), head] for block, head in heads if block in cut.keep]
             setattr(generation_config, "alignment_heads", kept or None)  # noqa: B010  # no attribute of the class
     student.generation_config = generation_config  # type: ignore[assignment]
@@ -197,12 +197,12 @@ def _origin(model: PreTrainedModel, cuts: Sequence["BlockCut"], channels: Sequen
 
 @dataclass(frozen=True)
 class BlockCut:
-    """Which blocks of a stack are kept.
+    """Which layers of a stack are kept.
 
     stack: "encoder" or "decoder" of a model that has both, else None
-    name:  name of the list of blocks inside the model
-    keep:  indices of the blocks to keep, ascending
-    depth: number of blocks
+    name:  name of the list of layers inside the model
+    keep:  indices of the layers to keep, ascending
+    depth: number of layers
     """
 
     stack: str | None
@@ -211,7 +211,7 @@ class BlockCut:
     depth: int
 
     def rename(self, state: Mapping[str, Value]) -> dict[str, Value]:
-        """Return the entries of a model's weights without those of other blocks, under their names in the student."""
+        """Return the entries of a model's weights without those of other layers, under their names in the student."""
         new_index = {old: new for new, old in enumerate(self.keep)}
         pattern = re.compile(rf"^{re.escape(self.name)}\.(\d+)\.")
         renamed = {}
@@ -229,7 +229,7 @@ def find_cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] 
 
     Args:
         model: a transformers model, without wrappers.
-        layers: stack -> the blocks to keep; None keeps all.
+        layers: stack -> the layers to keep; None keeps all.
 
     Raises:
         DistillError: see `cut_student`.
@@ -239,8 +239,8 @@ def find_cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] 
     if not chosen or has_both == (None in chosen):
         possible = "encoder_layers, decoder_layers, or both" if has_both else "layers"
         raise DistillError(
-            f"{type(model).__name__} has {'an encoder and a decoder' if has_both else 'one stack of blocks'}: pass "
-            f"{possible} to choose the blocks to keep."
+            f"{type(model).__name__} has {'an encoder and a decoder' if has_both else 'one stack of layers'}: pass "
+            f"{possible} to choose the layers to keep."
         )
     cuts = []
     for stack, indices in chosen.items():
@@ -252,11 +252,11 @@ def find_cuts(model: PreTrainedModel, layers: Mapping[str | None, Sequence[int] 
 
 
 def check_kept_blocks(indices: Sequence[int], depth: int, stack: str | None = None) -> list[int]:
-    """Return the indices of the blocks to keep, ascending.
+    """Return the indices of the layers to keep, ascending.
 
     Args:
-        indices: Indices of the blocks.
-        depth: Number of blocks of the teacher, or of the stack.
+        indices: Indices of the layers.
+        depth: Number of layers of the teacher, or of the stack.
         stack: "encoder" or "decoder" of a model that has both, else None.
 
     Raises:
@@ -266,7 +266,7 @@ def check_kept_blocks(indices: Sequence[int], depth: int, stack: str | None = No
     if not keep or len(set(keep)) != len(keep) or keep[0] < 0 or keep[-1] >= depth:
         argument = "layers" if stack is None else f"{stack}_layers"
         raise DistillError(
-            f"{argument} is {list(indices)}: give each block to keep once, from 0 to {depth - 1} (the "
+            f"{argument} is {list(indices)}: give each layer to keep once, from 0 to {depth - 1} (the "
             f"{stack or 'teacher'} has {depth})."
         )
     return keep
@@ -278,18 +278,18 @@ def _blocks_of_stack(model: PreTrainedModel, stack: str) -> tuple[str, nn.Module
 
 
 def top_layers(influence: Sequence[float], keep_layers: int) -> list[int]:
-    """Return the indices of the blocks with the largest influence, in ascending order.
+    """Return the indices of the layers with the largest influence, in ascending order.
 
     Args:
         influence: see `block_influence`.
-        keep_layers: number of blocks.
+        keep_layers: number of layers.
 
     Raises:
-        DistillError: keep_layers is not from 1 to the number of blocks.
+        DistillError: keep_layers is not from 1 to the number of layers.
     """
     if not 0 < keep_layers <= len(influence):
         raise DistillError(
-            f"keep_layers is {keep_layers}; the teacher has {len(influence)} blocks: give a number from 1 to "
+            f"keep_layers is {keep_layers}; the teacher has {len(influence)} layers: give a number from 1 to "
             f"{len(influence)}."
         )
     by_influence = sorted(range(len(influence)), key=lambda i: influence[i], reverse=True)
@@ -299,12 +299,12 @@ def top_layers(influence: Sequence[float], keep_layers: int) -> list[int]:
 def prune_config(
     config: PretrainedConfig, keep: Sequence[int], depth: int, stack: str | None = None
 ) -> PretrainedConfig:
-    """Return the config of a model with only some of its blocks.
+    """Return the config of a model with only some of its layers.
 
     Args:
         config: config of the model.
-        keep: indices of the blocks to keep.
-        depth: number of blocks of the model, or of the stack.
+        keep: indices of the layers to keep.
+        depth: number of layers of the model, or of the stack.
         stack: "encoder" or "decoder" of a model that has both, else None.
 
     Raises:
@@ -315,7 +315,7 @@ def prune_config(
     if isinstance(part, PretrainedConfig):  # a config of the whole model, or one for each stack
         text = part.get_text_config()
         for key, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == depth:  # layer_types and other lists with an entry per block
+            if isinstance(value, list) and len(value) == depth:  # layer_types and other lists with an entry per layer
                 setattr(text, key, [value[i] for i in keep])
         text.num_hidden_layers = len(keep)
         return config

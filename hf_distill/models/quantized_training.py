@@ -16,12 +16,12 @@ from .model_types import is_zero3_partitioned, unwrap_model
 
 logger = logging.get_logger(__name__)
 _MIN_GROUP_SIZE = 8  # smaller groups are possible, and are not suggested: their scales take as much as the weights
-_MIN_QUANTIZED_SHARE = 0.9  # of the weights in the blocks, below which a warning is logged
+_MIN_QUANTIZED_SHARE = 0.9  # of the weights in the transformer layers, below which a warning is logged
 _BLACKWELL = (10, 0)  # compute capability from which NVFP4 kernels exist
 
 
 def prepare_quantized_student(model: nn.Module, scheme: QuantizationScheme) -> nn.Module:
-    """Replace the linear layers in the blocks of a student by layers that compute with quantized weights.
+    """Replace the nn.Linear modules in the layers of a student by modules that compute with quantized weights.
 
     The weights stay in full precision and are trained. In each forward they are rounded as `convert_quantized_student`
     rounds them, and the gradient passes the rounding unchanged (straight-through, 1308.3432). Embeddings, output head
@@ -147,7 +147,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers in the blocks of a model, by name; warn if other weights of the blocks are many."""
+    """Return the nn.Linear modules in the layers of a model, by name; warn if the layers have many other weights."""
     names = {id(module): name for name, module in model.named_modules()}
     blocks = [*_blocks(model)]
     layers = {names[id(module)]: module for block in blocks for module in block.modules() if type(module) is nn.Linear}
@@ -156,15 +156,15 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
             {type(module).__name__ for block in blocks for module in block.modules() if not [*module.children()]}
         )
         raise DistillError(
-            f"The blocks of {type(unwrap_model(model)).__name__} have no nn.Linear, which is what torchao quantizes. "
-            f"Their layers: {', '.join(kinds)}."
+            f"The layers of {type(unwrap_model(model)).__name__} have no nn.Linear, which is what torchao quantizes. "
+            f"Their modules: {', '.join(kinds)}."
         )
     weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.ndim > 1)
     share = sum(layer.weight.numel() for layer in layers.values()) / max(weights, 1)
     if share < _MIN_QUANTIZED_SHARE:
         logger.warning_once(
-            f"Only {share:.0%} of the weights in the blocks of {type(unwrap_model(model)).__name__} are in nn.Linear "
-            "layers and are quantized. The others, such as experts that are stored as one tensor, stay in full "
+            f"Only {share:.0%} of the weights in the layers of {type(unwrap_model(model)).__name__} are in nn.Linear "
+            "modules and are quantized. The others, such as experts that are stored as one tensor, stay in full "
             "precision."
         )
     return layers

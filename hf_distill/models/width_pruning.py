@@ -32,7 +32,7 @@ def prune_student(teacher: nn.Module, shape: PrunedShape, importance: Importance
     Args:
         teacher: a causal language model of transformers.
         shape: sizes of the student.
-        importance: see `measure_importance`; of this teacher with all its blocks.
+        importance: see `measure_importance`; of this teacher with all its layers.
 
     Returns:
         a model of the teacher's class in training mode, which `from_pretrained` loads, and the units it consists of.
@@ -91,7 +91,7 @@ def select_units(teacher: PreTrainedModel, shape: PrunedShape, importance: Impor
     is_kept = _in_kept_layers(teacher, layers)
 
     def scores(kind: Kind) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield the modules in kept blocks whose units are chosen, with their number of units and their scores."""
+        """Yield the modules in kept layers whose units are chosen, with their number of units and their scores."""
         for group, size in structure.groups(kind).items():
             if size in widths and is_kept(group):
                 yield group, widths[size], importance.scores(kind, group)
@@ -200,12 +200,12 @@ def _check_size(teacher: PreTrainedModel, structure: WidthStructure, name: str, 
 
 
 def _has_expert_tensors(structure: WidthStructure) -> bool:
-    """Whether the weights of all experts of a block are in one tensor."""
+    """Whether the weights of all experts of a layer are in one tensor."""
     return any(len(axes) == 3 and axes[0] is not None and axes[0].kind == "experts" for axes in structure.axes.values())
 
 
 def _in_kept_layers(teacher: PreTrainedModel, layers: Sequence[int] | None) -> Callable[[str], bool]:
-    """Return a function that says whether a module remains when only some blocks are kept."""
+    """Return a function that says whether a module remains when only some layers are kept."""
     if layers is None:
         return lambda group: True
     (cut,) = find_cuts(teacher, {None: layers})

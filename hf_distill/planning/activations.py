@@ -12,16 +12,16 @@ from .workload import Workload
 def activation_bytes(workload: Workload, strategy: Strategy) -> int:
     """Estimate the activations in bytes: what the student saves for backward, or the teacher's working set if larger.
 
-    Each of the student's L blocks saves, in bytes per token, with norms computed in fp32, linear layers computed in c
+    Each of the student's L layers saves, in bytes per token, with norms computed in fp32, linear layers computed in c
     and no attention maps:
 
         norms * (4 + r) * H + inputs * c * H + c * (2 * heads + 2 * kv_heads) * head_dim + 4 * heads + 4 * c * I
 
     where `inputs` is 2, or 5 under autocast, which casts the input of each linear layer separately. Eager attention
-    adds heads * S * (4 + c). Activation checkpointing saves r * H per block, and everything of one block. The teacher
-    runs without gradients and needs 3 * c * (H + I) for one block.
+    adds heads * S * (4 + c). Activation checkpointing saves r * H per layer, and everything of one layer. The teacher
+    runs without gradients and needs 3 * c * (H + I) for one layer.
 
-    Source: the accounting of 2205.05198 (34 * H per GPT block), adapted to the blocks of transformers.
+    Source: the accounting of 2205.05198 (34 * H per GPT layer), adapted to the layers of transformers.
     """
     student, c = workload.student, workload.compute
     cast = workload.autocast(strategy)

@@ -11,7 +11,7 @@ _BYTES = 2  # of a number in bf16, in which both models are compared
 class Decoding:
     """Memory that is read to generate one token of one sequence, in bytes, with weights and KV cache in bf16.
 
-    weights:  weights of the blocks that a token passes, and of the output head
+    weights:  weights of the layers that a token passes, and of the output head
     kv_cache: keys and values of one token of the context
     """
 

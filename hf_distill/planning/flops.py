@@ -76,12 +76,12 @@ class Flops:
         """FLOP per token of a forward and a backward.
 
         Training all weights takes 3 forwards. With adapters, frozen weights take 2, because they only pass the
-        gradient on; attention and the adapters take 3. Activation checkpointing adds one more forward of the blocks
-        (1604.06174). Torch skips the last product of each block in this recomputation; the formula does not.
+        gradient on; attention and the adapters take 3. Activation checkpointing adds one more forward of the layers
+        (1604.06174). Torch skips the last product of each layer in this recomputation; the formula does not.
 
         Args:
             adapters: number of parameters of the adapters; None: all weights are trained.
-            checkpointing: whether the backward recomputes the blocks.
+            checkpointing: whether the backward recomputes the layers.
         """
         adapter_forward = 0 if adapters is None else 2 * adapters
         passes = 3 if adapters is None else 2

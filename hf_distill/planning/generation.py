@@ -207,7 +207,7 @@ def generation_flop(stats: ModelStats, prompt: int, completion: int) -> tuple[fl
 
 
 def kv_cache_bytes(stats: ModelStats, dtype: torch.dtype) -> int:
-    """Return the bytes of keys and values of one token of the context, in all blocks."""
+    """Return the bytes of keys and values of one token of the context, in all layers."""
     return 2 * stats.depth * stats.kv_heads * stats.head_dim * dtype.itemsize
 
 

@@ -123,8 +123,8 @@ def _nf4_bytes(count: int) -> int:
 def gathered_bytes(workload: Workload, strategy: Strategy, world: int) -> int:
     """Compute the bytes of temporary copies of weights and gradients.
 
-    zero3:      the largest block and the output head, or DeepSpeed's 1e9 live parameters if more; a block's gradient
-    fsdp2:      two blocks, because the next one is prefetched, and the parameters outside blocks; a block's gradient
+    zero3:      the largest layer and the output head, or DeepSpeed's 1e9 live parameters if more; a layer's gradient
+    fsdp2:      two layers, because the next one is prefetched, and the parameters outside layers; a layer's gradient
     zero1, 2:   DeepSpeed's reduce bucket
     ddp:        DDP's buckets, a second copy of the gradients
     autocast:   casts of the trained linear layers to c, which are cached until the forward ends; those of a frozen
@@ -145,7 +145,7 @@ def gathered_bytes(workload: Workload, strategy: Strategy, world: int) -> int:
 
 
 def _gathered_shards(workload: Workload, strategy: Strategy) -> int:
-    """Compute the bytes of gathered shards: blocks of the running model, and parameters outside blocks of both."""
+    """Compute the bytes of gathered shards: layers of the running model, and parameters outside layers of both."""
     blocks = outside = 0
     for stats, kind, itemsize, gradient in (
         (workload.teacher, strategy.teacher, workload.teacher_dtype.itemsize, 0),
@@ -159,7 +159,7 @@ def _gathered_shards(workload: Workload, strategy: Strategy) -> int:
 
 
 def _gathered_at_once(stats: ModelStats, kind: str) -> tuple[int, int]:
-    """Return (parameters of blocks, parameters outside blocks) that are gathered at the same time."""
+    """Return (parameters of layers, parameters outside layers) that are gathered at the same time."""
     if kind == "fsdp2":
         return min(2 * stats.block, stats.parameters - stats.outside), stats.outside
     live = min(_MAX_LIVE_PARAMETERS, stats.parameters) - stats.head

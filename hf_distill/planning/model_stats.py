@@ -20,9 +20,9 @@ class ModelStats:
     """Sizes of a causal language model; counts are in parameters unless another unit is named.
 
     parameters:   all parameters; tied ones count once
-    depth:        number of blocks, L
-    block:        parameters of the largest block
-    outside:      parameters outside blocks: embeddings, output head, last norm
+    depth:        number of layers, L
+    block:        parameters of the largest layer
+    outside:      parameters outside layers: embeddings, output head, last norm
     head:         parameters of the output head, V * H, whether it is tied or not
     tied:         whether the output head shares the embeddings' weight
     linear:       name -> (in, out) of every linear layer except the output head
@@ -34,7 +34,7 @@ class ModelStats:
     heads:        number of query heads
     kv_heads:     number of key and value heads
     head_dim:     width of an attention head
-    norms:        number of norms of width H in a block
+    norms:        number of norms of width H in a layer
     head_norms:   whether queries and keys are normalized
     eager:        whether attention materializes its maps [heads, S, S]
     softcap:      whether attention logits are soft-capped
@@ -71,7 +71,7 @@ class ModelStats:
             attention: its attention implementation; None: the default of transformers.
 
         Raises:
-            DistillError: the blocks of the model cannot be found.
+            DistillError: the layers of the model cannot be found.
         """
         model, text = meta_model(config), config.get_text_config()
         blocks = find_blocks(model)[1]

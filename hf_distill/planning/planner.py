@@ -34,7 +34,7 @@ _UNCOUNTED = {
     "ema": "the averaged weights, 4 bytes per trained parameter",
     "snapshot": "the snapshot, 4 bytes per trained parameter",
     "remote": "the teacher on its server, which must answer for as many tokens per second as the student trains on",
-    "mtp": "the MTP heads, each with a block, a projection of twice the width, and another pass of the output head",
+    "mtp": "the MTP heads, each with a layer, a projection of twice the width, and another pass of the output head",
 }
 
 
@@ -121,7 +121,7 @@ def plan(
     rows = estimate_strategies(workload, recipe_strategy, gpus, usable)
     ratio = teacher_token_ratio(recipe)
     teacher = _teacher_model(recipe, teacher_config, workload, ratio)
-    name = recipe.student.model or f"{recipe.primary_teacher.loaded_model}, cut to {workload.student.depth} blocks"
+    name = recipe.student.model or f"{recipe.primary_teacher.loaded_model}, cut to {workload.student.depth} layers"
     student = model_of(name, student_config, workload.student, workload.length, workload)
     pretraining = six_nd(workload.student.parameters, pretraining_tokens)
     reads_cache = workload.teacher_absent_because in ("cache", "remote")

@@ -36,7 +36,7 @@ def rounding_memory(student: ModelStats) -> str:
     kept = 2 * _FULL * student.linear_weights
     return (
         f"the rounded weights that the backward pass keeps, {_size(kept)} (two float32 numbers per weight), or those "
-        "of one block with activation checkpointing"
+        "of one layer with activation checkpointing"
     )
 
 

@@ -223,7 +223,7 @@ def _training(run: Run) -> TrainingFacts:
     results, train = run.results, run.recipe.train
     if chain := results.get("chain"):
         stages = [part for part in chain if part["stage"] != "direct"]
-        sizes = [f"{p['student']['blocks']} blocks after {p['steps']} steps" for p in stages]
+        sizes = [f"{p['student']['layers']} layers after {p['steps']} steps" for p in stages]
         seconds = sum(p["train_seconds"] for p in stages)
         return {"steps": sum(p["steps"] for p in stages), "seconds": seconds, "stages": "; ".join(sizes)}
     steps = max((int(line["step"]) for line in run.logs()), default=0)

@@ -12,7 +12,7 @@ from .vocabulary import Vocabulary
 
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
 _DEPTHS = ("keep_layers", "layers", "decoder_layers", "encoder_layers")
-Block = Annotated[int, Field(ge=0)]  # index of a block
+LayerIndex = Annotated[int, Field(ge=0)]
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -25,16 +25,16 @@ class FromTeacher(StrictModel):
         description="Number of layers to keep: those that change the hidden states most (block influence, 2403.03853). "
         "Give keep_layers or layers, not both. Default (null): all layers.",
     )
-    layers: list[Block] | None = Field(
+    layers: list[LayerIndex] | None = Field(
         None, min_length=1, description="Indices of the layers to keep, from 0. Default (null): see keep_layers."
     )
-    decoder_layers: list[Block] | None = Field(
+    decoder_layers: list[LayerIndex] | None = Field(
         None,
         min_length=1,
         description="For a model with an encoder and a decoder: indices of the decoder layers to keep, from 0. Default "
         "(null): all.",
     )
-    encoder_layers: list[Block] | None = Field(
+    encoder_layers: list[LayerIndex] | None = Field(
         None,
         min_length=1,
         description="For a model with an encoder and a decoder: indices of the encoder layers to keep, from 0. Default "
@@ -124,9 +124,9 @@ class FromTeacher(StrictModel):
 
     @field_validator("layers", "decoder_layers", "encoder_layers")
     @classmethod
-    def _check_blocks(cls, value: list[int] | None) -> list[int] | None:
-        if repeated := sorted({block for block in value or () if (value or []).count(block) > 1}):
-            raise ValueError(f"give each block to keep once; repeated: {', '.join(map(str, repeated))}")
+    def _check_layers(cls, value: list[int] | None) -> list[int] | None:
+        if repeated := sorted({layer for layer in value or () if (value or []).count(layer) > 1}):
+            raise ValueError(f"give each layer to keep once; repeated: {', '.join(map(str, repeated))}")
         return value
 
     @model_validator(mode="after")

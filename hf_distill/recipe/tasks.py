@@ -120,7 +120,7 @@ class TaskKeys:
         if self.has_encoder and cut and (cut.layers or cut.keep_layers):
             yield (
                 "student.from_teacher: the teacher has an encoder and a decoder: set decoder_layers or encoder_layers, "
-                "the blocks to keep of each"
+                "the layers to keep of each"
             )
         if self.has_encoder:
             return

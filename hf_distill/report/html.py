@@ -91,7 +91,7 @@ def _subtitle(run: Run) -> str:
     evidence = run.results
     models = {"Teacher": evidence.get("teacher", {}), "Student": evidence.get("student", {})}
     sizes = [
-        f"{role}: {millions(size['parameters'])} parameters, {size['blocks']} blocks"
+        f"{role}: {millions(size['parameters'])} parameters, {size['layers']} layers"
         for role, size in models.items()
         if size.get("parameters")
     ]

@@ -195,7 +195,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def _layers_kept(student: ModelFacts) -> list[int] | None:
     """Return the layers that a student kept of its teacher; all of them if only its width was pruned."""
-    return student.get("layers_kept") or ([*range(student["blocks"])] if student.get("widths") else None)
+    return student.get("layers_kept") or ([*range(student["layers"])] if student.get("widths") else None)
 
 
 def _compose_layers(layers_by_stage: Sequence[list[int] | None]) -> list[int] | None:

@@ -331,7 +331,7 @@ class RunContext:
         with zero3_init_context(None):
             full_model = model_without_weights(self.task.auto_class, config)
         parameters = sum(p.numel() for p in full_model.parameters())
-        return {"parameters": parameters, "blocks": self.task.num_blocks(full_model)}
+        return {"parameters": parameters, "layers": self.task.num_layers(full_model)}
 
     def control(self) -> Metrics:
         """Train the control on the hard labels only, and return its held-out metrics.

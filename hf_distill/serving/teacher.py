@@ -121,7 +121,7 @@ class ServedTeacher:
         return logits
 
     def _probe_layers(self, name: str, row: TokenRow) -> tuple[int, int]:
-        """Return the number of blocks whose outputs can be requested, and their width; (0, 0) if they cannot be read.
+        """Return the number of layers whose outputs can be requested, and their width; (0, 0) if they cannot be read.
 
         A model without them is served for losses on logits.
         """
@@ -130,16 +130,16 @@ class ServedTeacher:
             features = self._forward([replace(row, layers=tuple(range(depth)))]).features
             widths = {feature.shape[-1] for feature in features.values()}
             if len(features) != depth or len(widths) != 1:
-                raise DistillError(f"{len(features)} of {depth} blocks were run, and their widths are {sorted(widths)}")
+                raise DistillError(f"{len(features)} of {depth} layers were run, and their widths are {sorted(widths)}")
         except DistillError as error:
-            logger.warning(f"{name} is served without the outputs of its blocks, which cannot be read: {error}")
+            logger.warning(f"{name} is served without the outputs of its layers, which cannot be read: {error}")
             return 0, 0
         return depth, widths.pop()
 
     def compute_rows(self, rows: Sequence[TokenRow]) -> list[RowTensors]:
         """Return tensors of the target tokens of each row, [T, H] on the CPU, by the names of `wire.tensor_widths`.
 
-        These are the input of the output head, and the outputs of the blocks that the row requests. Rows may request
+        These are the input of the output head, and the outputs of the layers that the row requests. Rows may request
         different ones; one forward returns those of all.
 
         Args:

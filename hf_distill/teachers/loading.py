@@ -170,7 +170,7 @@ def run_eagerly(model: nn.Module) -> nn.Module:
     if was_compiled or isinstance(model, OptimizedModule):
         logger.warning_once(
             "The teacher is compiled: it runs without compilation, because the forward of its output head is replaced. "
-            "compile_teacher=True, with torch_compile=True, compiles its transformer blocks."
+            "compile_teacher=True, with torch_compile=True, compiles its transformer layers."
         )
     return inner
 

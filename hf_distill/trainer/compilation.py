@@ -1,6 +1,6 @@
-"""`torch_compile` of a trainer: compiles the transformer blocks of the student, and of frozen teachers if requested.
+"""`torch_compile` of a trainer: compiles the transformer layers of the student, and of frozen teachers if requested.
 
-A Trainer lets accelerate compile the whole model when it prepares it. A trainer that distills compiles the blocks
+A Trainer lets accelerate compile the whole model when it prepares it. A trainer that distills compiles the layers
 itself and keeps accelerate from compiling; `models/compilation.py` gives the reason.
 """
 
@@ -22,17 +22,17 @@ from ..models.model_types import is_zero3_partitioned, unwrap_model
 from ..teachers import FrozenTeacher, Teacher
 from ..teachers.group import teachers_by_name
 
-# PyTorch keeps the graphs of all blocks in one list: of students and teachers, for training and evaluation, and for
-# different shapes. It runs blocks eagerly beyond this number, which by default is 8.
+# PyTorch keeps the graphs of all layers in one list: of students and teachers, for training and evaluation, and for
+# different shapes. It runs layers eagerly beyond this number, which by default is 8.
 MAX_GRAPHS = 64
 _ZERO3 = (
-    "hooks of DeepSpeed gather the weights of each module and change in each step, so that the blocks would be "
+    "hooks of DeepSpeed gather the weights of each module and change in each step, so that the layers would be "
     "compiled again and again"
 )
 
 
 def compile_options(args: TrainingArguments) -> dict[str, Any] | None:
-    """Return the arguments of `torch.compile` for the blocks; None if nothing is compiled.
+    """Return the arguments of `torch.compile` for the layers; None if nothing is compiled.
 
     As in a Trainer, the settings of `accelerate launch` and `accelerate config` apply if an argument is not set.
     """
@@ -60,17 +60,17 @@ def whole_model_uncompiled(accelerator: Accelerator) -> Iterator[None]:
 
 
 def compile_student(student: nn.Module, args: TrainingArguments) -> None:
-    """Compile the blocks of a student in place if `torch_compile` is set."""
+    """Compile the layers of a student in place if `torch_compile` is set."""
     options = compile_options(args)
     if options is not None:
         compile_blocks(student, options)
 
 
 def compile_frozen_teachers(teacher: Teacher, args: TrainingArguments) -> None:
-    """Compile the blocks of prepared frozen teachers in place if `compile_teacher` is set.
+    """Compile the layers of prepared frozen teachers in place if `compile_teacher` is set.
 
     Raises:
-        DistillError: no teacher is a frozen model, or its blocks are not found.
+        DistillError: no teacher is a frozen model, or its layers are not found.
     """
     options = compile_options(args) if getattr(args, "compile_teacher", False) else None
     if options is None:
@@ -93,7 +93,7 @@ def compile_frozen_teachers(teacher: Teacher, args: TrainingArguments) -> None:
             compile_blocks(each.model, options)
         except DistillError as error:
             problems.append(
-                f"compile_teacher: the transformer blocks of {owner} are not found ({error}). Set compile_teacher=False"
+                f"compile_teacher: the transformer layers of {owner} are not found ({error}). Set compile_teacher=False"
             )
     raise_if_any(problems)
 
@@ -105,7 +105,7 @@ def incompatible_compilation(student: nn.Module, args: TrainingArguments) -> lis
         return [
             f"{part} is compiled. A compiled output head does not see that its forward is replaced in "
             "each step, and torch.compile(module) changes the names of weights in checkpoints. Pass the student "
-            "without compilation, and set torch_compile=True, which compiles its transformer blocks"
+            "without compilation, and set torch_compile=True, which compiles its transformer layers"
         ]
     options = compile_options(args)
     if options is None:
@@ -117,11 +117,11 @@ def incompatible_compilation(student: nn.Module, args: TrainingArguments) -> lis
     try:
         blocks = transformer_blocks(student)
     except DistillError as error:
-        return [f"torch_compile compiles transformer blocks, and those of the student are not found: {error}"]
+        return [f"torch_compile compiles transformer layers, and those of the student are not found: {error}"]
     compiled = compiled_modules(student)
     if outside := [name for name, module in compiled.items() if not any(module is block for block in blocks)]:
         return [
-            f"torch_compile compiles the transformer blocks of the student, but its {outside[0]} is compiled already. "
+            f"torch_compile compiles the transformer layers of the student, but its {outside[0]} is compiled already. "
             "Pass the student without compilation, or remove torch_compile"
         ]
     return _backend_problems(options, args.device)
@@ -157,7 +157,7 @@ def incompatible_features(
     if not names:
         return []
     reason = (
-        f"{names}: these losses read hidden states and attention inside the blocks, where a compiled graph hides them"
+        f"{names}: these losses read hidden states and attention inside the layers, where a compiled graph hides them"
     )
     if compile_options(args) is not None:
         return [f"torch_compile does not work with {reason}. Set torch_compile=False, or remove these losses"]

@@ -133,7 +133,7 @@ class DistillArguments:
     compile_teacher: bool = field(
         default=False,
         metadata={
-            "help": "Whether torch_compile also compiles the transformer blocks of frozen teachers. The default is "
+            "help": "Whether torch_compile also compiles the transformer layers of frozen teachers. The default is "
             "False: it compiles those of the student."
         },
     )

@@ -477,7 +477,7 @@ class DistillMixin(_Base):
                     self.teacher.close()
 
     def _compilation(self) -> AbstractContextManager[None]:
-        """Keep accelerate from compiling a student whose blocks are compiled; without a teacher it may compile it."""
+        """Keep accelerate from compiling a student whose layers are compiled; without a teacher it may compile it."""
         return whole_model_uncompiled(self.accelerator) if self.is_distilling else nullcontext()
 
     def _inner_training_loop(self, *args: object, **kwargs: object) -> TrainOutput:

@@ -358,7 +358,7 @@ class OnPolicyDistillTrainer(TRLMixin, _GenerationTrainer):
             yield
             return
         with ExitStack() as stack:
-            # The cache would make a graph for each block and length.
+            # The cache would make a graph for each layer and length.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(generating(self.model))
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -35,7 +35,7 @@ def test_a_recipe_for_a_large_teacher_runs_with_its_sharding_strategy(tmp_path, 
     assert done.stdout.count("Metrics on held-out rows") == 1  # only one process prints
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["status"] == "done"
-    assert results["teacher"]["blocks"] == 4
+    assert results["teacher"]["layers"] == 4
     assert results["teacher"]["parameters"] > results["student"]["parameters"] > 30_000
     for name in {"student", "control"} & {p.name for p in (tmp_path / "run").iterdir()}:
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name, output_loading_info=True)

@@ -89,8 +89,8 @@ def test_the_text_follows_from_the_data():
         (
             "org/large",
             {"layers_kept": [0, 2], "widths": {"hidden_size": 48}},
-            "A model with 1.5M parameters, made of 2 of its teacher's blocks, pruned to hidden size 48, distilled from",
-            "Student: blocks 0, 2 of [org/large](https://huggingface.co/org/large), pruned to hidden size 48.",
+            "A model with 1.5M parameters, made of 2 of its teacher's layers, pruned to hidden size 48, distilled from",
+            "Student: layers 0, 2 of [org/large](https://huggingface.co/org/large), pruned to hidden size 48.",
         ),
         (
             "org/large",

@@ -125,11 +125,11 @@ def test_a_model_whose_blocks_cannot_be_found_is_refused_with_its_lists():
     model = build("llama")
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(
-        DistillError, match=r"LlamaForCausalLM has 0 lists of 2 blocks.*Its lists and their lengths: none"
+        DistillError, match=r"LlamaForCausalLM has 0 lists of 2 layers.*Its lists and their lengths: none"
     ):
         get_layer_stack(model)
 
 
 def test_a_stack_that_a_model_does_not_have_is_refused():
-    with pytest.raises(DistillError, match="LlamaForCausalLM has one stack of blocks and no encoder"):
+    with pytest.raises(DistillError, match="LlamaForCausalLM has one stack of layers and no encoder"):
         get_layer_stack(build("llama"), "encoder")

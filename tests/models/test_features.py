@@ -438,7 +438,7 @@ class LogitsOnlyTeacher(Teacher):
         ({"losses": [{"name": "hidden_mse", "layers": "firs"}]}, "it must be kept, uniform, stretch"),
         ({"losses": [{"name": "hidden_mse", "layer": "stretch"}]}, "no option 'layer'; did you mean 'layers'"),
         ({"losses": [{"name": "js", "layers": "stretch"}]}, "'js' has no option 'layers'"),
-        ({"losses": [{"name": "hidden_mse", "stack": "encoder"}]}, "has one stack of blocks and no encoder"),
+        ({"losses": [{"name": "hidden_mse", "stack": "encoder"}]}, "has one stack of layers and no encoder"),
         ({"losses": [{"name": "hidden_mse", "stack": "head"}]}, "stack 'head'; it must be encoder or decoder"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": "none"}, "are 32 wide and the teacher's 48"),
         ({"losses": [{"name": "hidden_mse"}], "projectors": "lineal"}, "kind 'lineal'; it must be 'auto', 'linear'"),

@@ -124,7 +124,7 @@ def test_invalid_blocks_are_refused(layers):
 
 
 def test_invalid_numbers_of_blocks_are_refused():
-    with pytest.raises(DistillError, match="keep_layers is 9; the teacher has 3 blocks: give a number from 1 to 3"):
+    with pytest.raises(DistillError, match="keep_layers is 9; the teacher has 3 layers: give a number from 1 to 3"):
         top_layers([0.1, 0.2, 0.3], 9)
     with pytest.raises(DistillError, match="at least one batch"):
         block_influence(build("llama"), [])
@@ -167,11 +167,11 @@ def test_the_layers_of_an_encoder_decoder_are_not_those_of_one_stack():
         cut_student(bart, [0, 1])
     with pytest.raises(DistillError, match=r"decoder_layers is \[2\]: .* from 0 to 1 \(the decoder has 2\)"):
         cut_student(bart, decoder_layers=[2])
-    with pytest.raises(DistillError, match="has one stack of blocks: pass layers"):
+    with pytest.raises(DistillError, match="has one stack of layers: pass layers"):
         cut_student(build("llama"), decoder_layers=[0])
     with pytest.raises(DistillError, match=r"has an encoder and a decoder, .*encoder.layers \(3\)"):
         block_influence(bart, [])
-    with pytest.raises(DistillError, match=r"relative_attention_bias.*Keep block 0"):
+    with pytest.raises(DistillError, match=r"relative_attention_bias.*Keep layer 0"):
         cut_student(build("t5"), decoder_layers=[1])
 
 

@@ -152,7 +152,7 @@ def test_experts_that_stay_in_full_precision_are_warned_about(caplog):
         prepare_quantized_student(Qwen2MoeForCausalLM(config), INT4)
     finally:
         quantized_training.logger.removeHandler(caplog.handler)
-    assert "of the weights in the blocks of Qwen2MoeForCausalLM are in nn.Linear" in caplog.text
+    assert "of the weights in the layers of Qwen2MoeForCausalLM are in nn.Linear" in caplog.text
 
 
 @pytest.mark.parametrize(

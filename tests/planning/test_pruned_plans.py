@@ -58,9 +58,9 @@ def test_experts_are_counted():
         ({"num_experts": 2}, "num_experts of LlamaForCausalLM cannot be pruned"),
         (
             {"keep_layers": 5, "hidden_size": 48},
-            "keep_layers is 5; the teacher has 4 blocks: give a number from 1 to 4",
+            "keep_layers is 5; the teacher has 4 layers: give a number from 1 to 4",
         ),
-        ({"layers": [0, 4]}, r"layers is \[0, 4\]: give each block to keep once, from 0 to 3"),
+        ({"layers": [0, 4]}, r"layers is \[0, 4\]: give each layer to keep once, from 0 to 3"),
         ({"hidden_size": 96, "intermediate_size": 999}, "hidden_size is 96: .* intermediate_size is 999"),
         ({"target_parameters": "1M"}, "`hf-distill prune` searches them"),
     ],

@@ -22,9 +22,9 @@ from hf_distill.recipe.stages import direct_values
         ("{target_parameters: eighty}", "write a number of parameters above 0, such as 80M"),
         ("{target_parameters: 0}", "write a number of parameters above 0, such as 80M"),
         ("{keep_layers: 2, calibration_rows: 0}", "greater than 0"),
-        ("{layers: [0, 2, 0]}", "from_teacher.layers: give each block to keep once; repeated: 0"),
+        ("{layers: [0, 2, 0]}", "from_teacher.layers: give each layer to keep once; repeated: 0"),
         ("{layers: [0, -1]}", r"from_teacher.layers.1: .* greater than or equal to 0"),
-        ("{decoder_layers: [1, 1]}", "from_teacher.decoder_layers: give each block to keep once; repeated: 1"),
+        ("{decoder_layers: [1, 1]}", "from_teacher.decoder_layers: give each layer to keep once; repeated: 1"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(cut, problem):

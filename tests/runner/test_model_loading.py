@@ -121,7 +121,7 @@ def test_a_run_and_the_commands_that_read_it_work_with_code_of_a_model(run_cli, 
     assert refused.returncode == 2
     assert "add --trust-remote-code" in refused.stderr
     assert run_cli("run", str(recipe), "--trust-remote-code").returncode == 0
-    assert json.loads((run / "results.json").read_text())["student"]["blocks"] == 2
+    assert json.loads((run / "results.json").read_text())["student"]["layers"] == 2
     assert "add --trust-remote-code" in run_cli("diagnose", str(run)).stderr
     cache = str(tmp_path / "cache")
     for command in (

@@ -54,9 +54,9 @@ def straight(tmp_path_factory):
 
 def test_each_student_is_the_teacher_of_the_next_stage(straight):
     folder, result, _, _ = straight
-    for number, blocks in ((1, 3), (2, 2), (3, 1)):
+    for number, layers in ((1, 3), (2, 2), (3, 1)):
         part = yaml.safe_load((folder / f"stage-{number}" / "recipe.yaml").read_text())
-        assert evidence(folder / f"stage-{number}")["student"]["blocks"] == blocks
+        assert evidence(folder / f"stage-{number}")["student"]["layers"] == layers
         if number > 1:
             assert part["teacher"]["model"] == str(folder / f"stage-{number - 1}" / "student")
     assert set(result.models) == {"stage-1", "stage-2", "student", "control"}

@@ -46,7 +46,7 @@ def test_student_and_control_have_the_sizes_of_the_recipe(straight):
         assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 16)
     facts = json.loads((straight / "results.json").read_text())["student"]
     assert facts["widths"] == {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 2}
-    assert len(facts["layers_kept"]) == facts["blocks"] == 3
+    assert len(facts["layers_kept"]) == facts["layers"] == 3
     assert facts["parameters"] == model.num_parameters()
 
 
@@ -199,4 +199,4 @@ stages:
     student = AutoModelForCausalLM.from_pretrained(result.folder / "student").config
     assert (student.num_hidden_layers, student.hidden_size, student.intermediate_size) == (1, 48, 64)
     chain = json.loads((result.folder / "results.json").read_text())["chain"]
-    assert [stage["student"]["blocks"] for stage in chain] == [4, 4, 1]
+    assert [stage["student"]["layers"] for stage in chain] == [4, 4, 1]

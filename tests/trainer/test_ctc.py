@@ -232,6 +232,6 @@ def test_blocks_are_found_among_as_many_convolutions(make):
 
 
 def test_a_loss_on_blocks_that_training_skips_at_random_is_refused(make):
-    with pytest.raises(DistillError, match=r"`layerdrop` of its config skips blocks.*with layerdrop=0.0"):
+    with pytest.raises(DistillError, match=r"`layerdrop` of its config skips layers.*with layerdrop=0.0"):
         make(model=build(layers=3, layerdrop=0.5), losses=[{"name": "hidden_mse"}])
-    make(model=build(layers=3, layerdrop=0.5), max_steps=1).train()  # the loss on logits needs no blocks
+    make(model=build(layers=3, layerdrop=0.5), max_steps=1).train()  # the loss on logits needs no layers

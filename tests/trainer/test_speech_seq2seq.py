@@ -153,5 +153,5 @@ def test_a_teacher_by_path_is_loaded_with_the_speech_class(make, tmp_path):
 def test_a_loss_on_blocks_of_a_stack_with_layerdrop_is_refused(make, stack):
     student = whisper(0)
     (student.get_encoder() if stack == "encoder" else student.get_decoder()).layerdrop = 0.5  # as its config sets it
-    with pytest.raises(DistillError, match=f"`{stack}_layerdrop` of its config skips blocks"):
+    with pytest.raises(DistillError, match=f"`{stack}_layerdrop` of its config skips layers"):
         make(DistillTrainer, student, teacher(), losses=[{"name": "hidden_mse", "stack": stack}])

@@ -177,7 +177,7 @@ def results_table(
     names = {"before": "student before", "student": "student after", "control": CONTROL_TITLES[control or "sft"]}
     names = with_quantization(names, quantized)
     if chain:
-        names = {part["stage"]: f"{part['stage']}, {part['student']['blocks']} blocks" for part in chain}
+        names = {part["stage"]: f"{part['stage']}, {part['student']['layers']} layers" for part in chain}
         last = [part["stage"] for part in chain if part["stage"] != "direct"][-1]
         names = {{last: "student", "direct": "control"}.get(stage, stage): title for stage, title in names.items()}
     for title, metrics in rows_with_teacher(models, names, shown):

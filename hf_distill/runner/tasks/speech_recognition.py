@@ -146,6 +146,6 @@ class SpeechRecognition(ColumnTask):
         student = cut_student(teacher, encoder_layers=cut.encoder_layers, decoder_layers=cut.decoder_layers)
         return student, facts
 
-    def num_blocks(self, model: nn.Module) -> int:
-        """Return the number of blocks of encoder and decoder together."""
+    def num_layers(self, model: nn.Module) -> int:
+        """Return the number of layers of encoder and decoder together."""
         return sum(len(get_layer_stack(model, stack).blocks) for stack in ("encoder", "decoder"))

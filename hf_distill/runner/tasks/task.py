@@ -94,6 +94,6 @@ class Task(ABC):
         """
         return pruner.student(teacher, rows), pruner.facts()
 
-    def num_blocks(self, model: nn.Module) -> int:
-        """Return the number of transformer blocks of a model."""
+    def num_layers(self, model: nn.Module) -> int:
+        """Return the number of transformer layers of a model."""
         return len(find_blocks(model)[1])

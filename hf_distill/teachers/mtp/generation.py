@@ -80,7 +80,7 @@ def _draft(model: nn.Module, heads: MTPHeads, ids: Tensor, hidden: Tensor, block
 
 
 def _run(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return the logits [1, S, V], the inputs of the output head [1, S, H], and the arguments of the last block."""
+    """Return the logits [1, S, V], the inputs of the output head [1, S, H], and the arguments of the last layer."""
     inner: Any = unwrap_model(model)
     head_inputs: list[Tensor] = []
     hook = inner.get_output_embeddings().register_forward_pre_hook(lambda _module, args: head_inputs.append(args[0]))

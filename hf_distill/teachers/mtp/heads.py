@@ -32,14 +32,14 @@ class MTPHeads(nn.Module):
     """
 
     def __init__(self, student: nn.Module, heads: int):
-        """Initialize each module from the student's last block and final norm, without random numbers.
+        """Initialize each module from the student's last layer and final norm, without random numbers.
 
         Args:
             student: a causal language model, with or without parallel wrappers; it is not changed.
             heads: k, how many tokens after the next one are predicted.
 
         Raises:
-            DistillError: `heads` is below 1, or the last block or output head of the student is not supported.
+            DistillError: `heads` is below 1, or the last layer or output head of the student is not supported.
         """
         super().__init__()
         if heads < 1:
@@ -65,7 +65,7 @@ class MTPHeads(nn.Module):
             hidden: [B, S, H] inputs of the model's output head.
             input_ids: [B, S]; the last d positions of a row have no token i + d, so their outputs are meaningless.
             embed: the model's input embedding.
-            block_kwargs: arguments of the model's last block; see `record_last_block_kwargs`.
+            block_kwargs: arguments of the model's last layer; see `record_last_block_kwargs`.
 
         Returns:
             k tensors [B, S, H].
@@ -79,7 +79,7 @@ class MTPHeads(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """One module of the chain; after initialization it is the student's last block applied to the hidden states."""
+    """One module of the chain; after initialization it is the student's last layer applied to the hidden states."""
 
     def __init__(self, block: nn.Module, norm: nn.Module, width: int):
         super().__init__()
@@ -87,7 +87,7 @@ class MTPModule(nn.Module):
         self.norm_hidden, self.norm_token, self.norm_out = (_copy(norm).to(like) for _ in range(3))
         self.project = nn.utils.skip_init(nn.Linear, 2 * width, width, bias=False, device=like.device, dtype=like.dtype)
         self.block = _copy(block)
-        nn.init.eye_(self.project.weight)  # the last block gets the hidden states unchanged, as in the student
+        nn.init.eye_(self.project.weight)  # the last layer gets the hidden states unchanged, as in the student
 
     def forward(self, hidden: Tensor, tokens: Tensor, block_kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the inputs of the next module and of the output head, both [B, S, H].
@@ -105,7 +105,7 @@ class MTPModule(nn.Module):
 
 @contextmanager
 def record_last_block_kwargs(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Record the arguments of the model's last block by name, without its hidden states and without a KV cache.
+    """Record the arguments of the model's last layer by name, without its hidden states and without a KV cache.
 
     Args:
         model: a transformers model, with or without wrappers; run it inside the context, without past key values.
@@ -190,17 +190,17 @@ def _check(student: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise DistillError(
             f"{name} is no transformers model, and multi-token prediction needs its embedding, its output head and its "
-            "blocks: use a transformers model as student, or another teacher."
+            "layers: use a transformers model as student, or another teacher."
         )
     if unwrap_parallel(student) is not model or any(hasattr(module, "base_layer") for module in model.modules()):
         raise DistillError(
-            f"{name} has adapters, and multi-token prediction trains a copy of its last block: merge the adapters "
+            f"{name} has adapters, and multi-token prediction trains a copy of its last layer: merge the adapters "
             "first (`merge_and_unload()`), or train the full student."
         )
     if getattr(model, "is_quantized", False) or is_zero3_partitioned(model):
         state = "is partitioned by ZeRO-3" if is_zero3_partitioned(model) else "is quantized"
         raise DistillError(
-            f"{name} {state}, and multi-token prediction trains a copy of its last block, which needs unsharded "
+            f"{name} {state}, and multi-token prediction trains a copy of its last layer, which needs unsharded "
             "floating-point weights: make the heads from a student that is loaded in bf16 or fp32."
         )
     head, width = model.get_output_embeddings(), _settings(model, 1)["hidden_size"]
@@ -218,7 +218,7 @@ def _settings(model: nn.Module, heads: int) -> dict[str, Any]:
 
 
 def _final_norm(parent: nn.Module, blocks: nn.ModuleList, width: int) -> nn.Module:
-    """Return the norm after the blocks: the only sibling whose parameters are all [H]; a new norm if there is none."""
+    """Return the norm after the layers: the only sibling whose parameters are all [H]; a new norm if there is none."""
     siblings = [child for child in parent.children() if child is not blocks]
     norms = [child for child in siblings if {tuple(p.shape) for p in child.parameters()} == {(width,)}]
     return norms[0] if len(norms) == 1 else nn.RMSNorm(width, eps=1e-6)

@@ -68,7 +68,7 @@ class MTPTeacher(TrainableTeacher):
         self.optimizer_overrides = {"lr": learning_rate}
 
     def prepare(self, student: nn.Module, device: torch.device, processing_class: Any = None) -> None:
-        """Make the heads from the student's last block, if there are none yet.
+        """Make the heads from the student's last layer, if there are none yet.
 
         Raises:
             DistillError: heads cannot be made from this student.
@@ -149,7 +149,7 @@ class _MTPStep(JointStep):
 
     @contextmanager
     def context(self, student: nn.Module) -> Iterator[None]:
-        """Record the arguments of the last block and the hidden states that the output head gets."""
+        """Record the arguments of the last layer and the hidden states that the output head gets."""
         head = self.student.get_output_embeddings()
 
         def record(_module: nn.Module, args: tuple) -> None:

@@ -29,7 +29,7 @@ class TokenRow:
     ids:       [S] token ids
     positions: [T] ascending indices into `ids`, at least one; the distribution of the token after ids[: position + 1]
                is requested for each
-    layers:    ascending indices of the blocks whose outputs at `positions` are requested too
+    layers:    ascending indices of the layers whose outputs at `positions` are requested too
     """
 
     ids: tuple[int, ...]
@@ -132,7 +132,7 @@ class RemoteProtocol(ABC):
 
     @property
     def depth(self) -> int:
-        """Number of blocks whose outputs the servers return; known after `check`."""
+        """Number of layers whose outputs the servers return; known after `check`."""
         return 0
 
     def layer_stack(self, which: str | None = None) -> LayerStack:

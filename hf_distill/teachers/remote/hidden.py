@@ -24,7 +24,7 @@ from .wire import DTYPES, HeadTensors, TeacherInfo, WireError
 
 MAX_ANSWER_BYTES = 2**28  # of the tensors of an answer, unless a single row needs more
 _NO_LAYERS = (
-    "the server returns the last hidden states only, because it could not read the outputs of the blocks of its model "
+    "the server returns the last hidden states only, because it could not read the outputs of the layers of its model "
     "(its log has the reason): remove the loss, or use a local teacher"
 )
 
@@ -75,7 +75,7 @@ class HiddenProtocol(RemoteProtocol):
 
     @property
     def depth(self) -> int:
-        """Number of blocks whose outputs the servers return."""
+        """Number of layers whose outputs the servers return."""
         return self.info.depth
 
     def check(self) -> list[ServerInfo]:

@@ -50,7 +50,7 @@ class TeacherInfo(BaseModel):
     quantization:       nf4, int8, or None
     dtype:              dtype of the hidden states that the model computes
     width:              H
-    depth:              number of blocks whose outputs can be requested; 0 if its blocks are not known
+    depth:              number of layers whose outputs can be requested; 0 if its layers are not known
     layer_width:        hidden size of these outputs; 0 if there are none
     vocab_size:         V of the output head
     embeddings:         number of ids that the model can read
@@ -142,12 +142,12 @@ def _layers_of(rows: Sequence[TokenRow]) -> tuple[int, ...]:
 
 
 def layer_name(layer: int) -> str:
-    """Return the name of the tensor with the outputs of a block."""
+    """Return the name of the tensor with the outputs of a layer."""
     return f"layer_{layer}"
 
 
 def tensor_widths(layers: Sequence[int], info: TeacherInfo) -> dict[str, int]:
-    """Return name -> last dimension of the tensors of a row for which the outputs of some blocks were requested."""
+    """Return name -> last dimension of the tensors of a row for which the outputs of some layers were requested."""
     return {_HIDDEN: info.width} | {layer_name(layer): info.layer_width for layer in layers}
 
 
