@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..cache.fingerprints import weights_fingerprint
 from ..core.defaults import CONCURRENT_REQUESTS, REQUEST_TIMEOUT_SECONDS, RETRY_SECONDS
+from ..core.devices import default_device
 from ..core.json_types import JSONObject
 from ..data.training_templates import training_template
 from ..errors import DistillError
@@ -214,7 +214,7 @@ def _fitting(
 
 def _load_model(spec: TeacherSpec, config: Any) -> PreTrainedModel:
     """Load the teacher on the accelerator of this machine, if it has one."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = default_device()
     options: dict[str, object] = {"revision": spec.revision, "attn_implementation": spec.attn_implementation}
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"device_map": spec.device_map} if spec.device_map else direct_loading(device)

@@ -11,6 +11,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..cache.fingerprints import tokenizer_fingerprint
+from ..core.devices import default_device
 from ..core.json_types import JSONObject
 from ..core.results import ModelFacts
 from ..data import Examples, OtherTokenizer
@@ -361,7 +362,7 @@ def check_launch(recipe: Recipe) -> None:
             f"{'one process' if env_world_size() else 'no launcher'}: run torchrun --nproc_per_node 2 -m "
             "hf_distill run ..."
         )
-    if train.fsdp and not torch.accelerator.is_available():
+    if train.fsdp and default_device().type == "cpu":
         keys = {"pruned from its teacher": student.from_teacher, "quantized": student.quantize}
         problems += [
             f"train.fsdp on CPUs shards a student while it is loaded, which is not possible for a student that is "

@@ -6,6 +6,7 @@ import torch
 from transformers.utils import logging
 
 from ..core.deepspeed_config import enable_zero3_gather_on_save
+from ..core.devices import default_device
 from ..errors import DistillError
 from ..recipe.schema import Recipe
 from ..trainer.config import DistillConfig
@@ -42,7 +43,7 @@ def arguments(recipe: Recipe, on_policy: bool = False) -> "DistillConfig | OnPol
     except (ValueError, TypeError) as error:
         raise DistillError(f"train: {error}") from error
     args._n_gpu = min(args.n_gpu, 1)  # a Trainer would use DataParallel, which does not work with a teacher
-    args.dataloader_pin_memory &= torch.accelerator.is_available()
+    args.dataloader_pin_memory &= default_device().type != "cpu"
     if recipe.data.scheduled:
         args.train_sampling_strategy = "sequential"
     enable_zero3_gather_on_save(args)
@@ -66,9 +67,11 @@ def train_arguments(recipe: Recipe) -> dict[str, Any]:
     }  # the run publishes at its end
     if train.pop("early_stopping_patience", None):
         train = stopping_arguments(train)
-    if torch.accelerator.is_available():
+    if default_device().type != "cpu":
         return train
-    train.setdefault("use_cpu", True)  # otherwise the process group is not initialized
+    if torch.accelerator.is_available():
+        logger.warning("The GPU of this machine has no float64, in which metrics are summed, so this runs on the CPU.")
+    train.setdefault("use_cpu", True)  # otherwise the process group is not initialized, or an Apple GPU is used
     if train.get("fsdp"):
         logger.warning(
             "train.fsdp on CPUs: transformers shards the student while it is loaded, and the run writes no "

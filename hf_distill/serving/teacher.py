@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..cache.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from ..core.devices import default_device
 from ..core.logits import LazyLogits
 from ..core.references import public_name
 from ..core.signals import FeatureKey, Signals
@@ -219,7 +220,7 @@ def load_served_teacher(spec: TeacherSpec, max_batch_tokens: int) -> ServedTeach
     teacher, options = build_frozen_teacher(spec, path)
     student = _model_without_weights(name, read_config(path, options))
     teacher.processing_class = tokenizer = load_tokenizer_if_any(path, spec.revision)
-    teacher.prepare(student, _default_device(), tokenizer)
+    teacher.prepare(student, default_device(), tokenizer)
     return ServedTeacher(
         teacher.model,
         name,
@@ -244,11 +245,6 @@ def _model_without_weights(name: str, config: PretrainedConfig) -> PreTrainedMod
         raise DistillError(
             f"{name} is no causal language model ({str(error).partition('.')[0]}), and only these can be served."
         ) from None
-
-
-def _default_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
 
 
 def _name_of_dtype(dtype: torch.dtype) -> Any:

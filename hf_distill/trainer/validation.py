@@ -93,6 +93,11 @@ def incompatible_arguments(trainer: Trainer) -> list[str]:
             f"the launcher started {env_world_size()} processes, but this one trains alone. On CPUs set use_cpu=True, "
             "so that they train together"
         )
+    if args.device.type == "mps":
+        problems.append(
+            "losses and metrics are summed in float64, which Apple GPUs (mps) do not have. Set use_cpu=True to train "
+            "on the CPU"
+        )
     if args.fsdp and args.device.type == "cpu":
         problems.append(
             "accelerate does not use FSDP on CPUs, so the student would not be sharded. Remove fsdp, or load the "

@@ -323,10 +323,16 @@ def test_adapters_are_kept_if_the_merged_model_cannot_be_written(folder, monkeyp
 
 def test_a_process_that_sees_several_gpus_trains_on_one(folder, monkeypatch):
     """Without a launcher a Trainer uses DataParallel over all of them, which does not work with a teacher."""
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("hf_distill.runner.training_arguments.default_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     args = arguments(recipe(folder))
     assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)
+
+
+@pytest.mark.parametrize(("device", "is_on_cpu"), [("cuda:0", False), ("cpu", True)])
+def test_a_recipe_trains_on_the_default_device(folder, monkeypatch, device, is_on_cpu):
+    monkeypatch.setattr("hf_distill.runner.training_arguments.default_device", lambda: torch.device(device))
+    assert arguments(recipe(folder)).use_cpu is is_on_cpu
 
 
 def test_a_checkpoint_of_the_recipe_is_no_way_to_resume(folder):
