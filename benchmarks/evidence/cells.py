@@ -19,7 +19,7 @@ class Cell:
     changes: overrides of the base, as on a command line
     seeds:   the seeds it is run with; without any it runs only with `run.py CELL SEED`
     cache:   options of the teacher cache, if it is trained from one
-    curve:   whether evaluations during training are recorded
+    curve:   whether evaluations during training are recorded, also those of a control
     apart:   whether it is also measured on each kind of text
     card:    name of the model card of its student; its first seed is trained with a control too
     """
@@ -108,7 +108,7 @@ CELLS: dict[str, Cell] = {
     "ema": Cell((*_student_and_teacher("kind: ema, decay: 0.9, warmup: 4"), "distill.alpha=0.3")),
     "multi_view": Cell((*_student_and_teacher("kind: multi_view, view: {token_dropout: 0.1}"), "distill.alpha=0.3")),
     "mtp": Cell((*_student_and_teacher("kind: mtp, heads: 2, hard_weight: 0.3, soft_weight: 0.1"), "distill.alpha=0")),
-    "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), curve=True, card="smollm2-15-of-30-layers-long"),
+    "long": Cell((f"train.max_steps={4 * STEPS}", "rows=more"), SEEDS, curve=True, card="smollm2-15-of-30-layers-long"),
     "cache_hidden": _cached(seeds=SEEDS, kind="hidden"),
     "cache_sampled_12": _cached(seeds=SEEDS, kind="sampled", samples_per_token=12),
     "cache_sampled_12_half": _cached(
@@ -185,9 +185,9 @@ def recipe_values(
             "seed": seed,
         },
     }
-    if cell.card and seed == 0:
+    if cell.curve or (cell.card and seed == 0):
         values["control"] = "sft"
-    elif not cell.curve:  # it is measured after its run, against the same teacher as all others
+    else:  # it is measured after its run, against the same teacher as all others
         held_out["max_rows"] = 2
     if cell.curve:
         values["train"] |= {"eval_strategy": "steps", "eval_steps": 2 * STEPS // 5}

@@ -50,15 +50,17 @@ def temperatures(results: Results):
 
 
 def tokens(results: Results):
-    """Return a figure of perplexity over tokens, with and without a teacher."""
-    run = results["long", 0]
-    step_tokens = tokens_a_step(run)
-    figure, (axis,) = axes("Tokens against quality", "tokens", "held-out perplexity")
-    for name, curve in (("student", "curve"), ("control", "control_curve")):
-        points = [point for point in run[curve] if point["step"]]
-        title = "distilled" if name == "student" else "hard labels alone"
-        x, y = [step_tokens * point["step"] for point in points], [point["perplexity"] for point in points]
-        axis.plot(x, y, "o-", color=COLORS[name], label=title)
+    """Return a figure of perplexity over tokens, with and without a teacher; each seed is a curve."""
+    figure, (axis,) = axes("Tokens against quality, every seed", "tokens", "held-out perplexity")
+    for name, curve, title in (
+        ("student", "curve", "distilled"),
+        ("control", "control_curve", "hard labels alone"),
+    ):
+        for i, run in enumerate(run for (cell, _), run in sorted(results.items()) if cell == "long"):
+            points = [point for point in run[curve] if point["step"]]
+            x = [tokens_a_step(run) * point["step"] for point in points]
+            y = [point["perplexity"] for point in points]
+            axis.plot(x, y, "o-", color=COLORS[name], label="_" * (i > 0) + title, alpha=0.8)
     axis.axhline(results["before", 0]["metrics"]["teacher_perplexity"], color=COLORS["teacher"], label="teacher")
     axis.legend()
     return figure

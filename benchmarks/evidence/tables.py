@@ -23,10 +23,10 @@ def closed(results: Results, perplexity: float) -> float:
 
 
 def spread(values: Sequence[float], digits: int, percent: bool = False) -> str:
-    """Return the mean as text, with minimum and maximum if there are several values."""
+    """Return the mean as text, with minimum and maximum if the values differ."""
     scale, sign = (100, " %") if percent else (1, "")
     mean_text = f"{scale * sum(values) / len(values):,.{digits}f}{sign}"
-    if len(values) == 1:
+    if min(values) == max(values):
         return mean_text
     return f"{mean_text} ({scale * min(values):,.{digits}f} to {scale * max(values):,.{digits}f})"
 
@@ -150,16 +150,19 @@ def fall(curve: Sequence[Mapping[str, float]]) -> list[float]:
 
 
 def tokens(results: Results) -> str:
-    """Return the table of quality over training tokens of a long run and its control."""
-    run = results["long", 0]
-    step_tokens = tokens_a_step(run)
-    control = {point["step"]: point for point in run["control_curve"]}
+    """Return the table of quality over training tokens of the long runs and their controls."""
+    runs = [results["long", seed] for seed in common_seeds(results, ["long"])]
+    step_tokens = tokens_a_step(runs[0])
+    falls = [fall(run["curve"]) for run in runs]
     rows = []
-    for point, share_of in zip(run["curve"], fall(run["curve"]), strict=True):
-        step = point["step"]
-        hard = f"{control[step]['perplexity']:.2f}" if step in control else ""
-        figures = (f"{point['perplexity']:.2f}", f"{point['kl']:.4f}", f"{100 * share_of:.0f} %", hard)
-        rows.append((f"{step * step_tokens:,.0f}", f"{100 * step / run['curve'][-1]['step']:.0f} %", *figures))
+    for i, point in enumerate(runs[0]["curve"]):
+        figures = [spread([run["curve"][i][key] for run in runs], n) for key, n in (("perplexity", 2), ("kl", 4))]
+        figures.append(spread([shares[i] for shares in falls], 0, percent=True))
+        # Controls are not evaluated before training, where they equal the students.
+        hard = [each["perplexity"] for run in runs for each in run["control_curve"] if each["step"] == point["step"]]
+        figures.append(spread(hard, 2) if hard else "")
+        share_of_tokens = f"{100 * point['step'] / runs[0]['curve'][-1]['step']:.0f} %"
+        rows.append((f"{point['step'] * step_tokens:,.0f}", share_of_tokens, *figures))
     head = (
         "tokens",
         "share of tokens",

@@ -221,7 +221,7 @@ def _stage_problems(values: JSONObject) -> list[str]:
                 kind.model_validate(needed | section)
             except ValidationError as error:
                 items = error.errors()
-                source = problem_lines([item | {"loc": (part, *item["loc"])} for item in items], stage)
+                source = problem_lines([item | {"loc": (part, *item["loc"])} for item in items], {part: section})
                 lines += [f"stages.{number}.{line}" for line in source]
     return lines
 
