@@ -36,7 +36,7 @@ browser:
 test: $(VENV)/installed-dev browser
 	$(BIN)/python $(PYTEST)
 
-# Compares every transformers class that predicts ids or classes with a plain reference: 12 minutes on two busy cores.
+# Compares every transformers class that predicts ids or classes with a plain reference.
 # Classes that are in build/models.jsonl are not run again. The test suite contains a sample.
 test-models: $(VENV)/installed-dev
 	mkdir -p build
