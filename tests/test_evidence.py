@@ -90,6 +90,14 @@ def test_students_start_from_equal_weights_and_train_on_equal_numbers_of_tokens(
     assert len({tuple(r["student"]["layers_kept"]) for r in plain if "layers_kept" in r["student"]}) == 1
 
 
+def test_seven_tenths_of_the_tokens_reach_the_control(report):
+    for (name, _), result in report.results().items():
+        if name == "long":
+            student, control = result["curve"], result["control_curve"]
+            early = next(point for point in student if point["step"] >= 0.7 * student[-1]["step"])
+            assert early["perplexity"] < control[-1]["perplexity"]
+
+
 def test_a_claim_that_the_results_contradict_is_marked(report, claims):
     results = dict(report.results())
     assert claims.HOLDS in verdict(claims.soft(results))

@@ -23,12 +23,12 @@ def closed(results: Results, perplexity: float) -> float:
 
 
 def spread(values: Sequence[float], digits: int, percent: bool = False) -> str:
-    """Return the mean as text, with minimum and maximum if the values differ."""
+    """Return the mean as text, with minimum and maximum if their texts differ."""
     scale, sign = (100, " %") if percent else (1, "")
-    mean_text = f"{scale * sum(values) / len(values):,.{digits}f}{sign}"
-    if min(values) == max(values):
-        return mean_text
-    return f"{mean_text} ({scale * min(values):,.{digits}f} to {scale * max(values):,.{digits}f})"
+    mean, low, high = (
+        f"{scale * value:,.{digits}f}" for value in (sum(values) / len(values), min(values), max(values))
+    )
+    return f"{mean}{sign}" + ("" if low == high else f" ({low} to {high})")
 
 
 def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
