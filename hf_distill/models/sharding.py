@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def local_shard(tensor: Any) -> Tensor:
@@ -17,6 +18,19 @@ def local_shard(tensor: Any) -> Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds a shard of the model's parameters (ZeRO-3, FSDP2)."""
     return any(hasattr(p, "ds_tensor") or hasattr(p, "to_local") for p in model.parameters())
+
+
+def reshard(model: nn.Module) -> bool:
+    """Free the parameters that FSDP2 left gathered after a forward without a backward; return whether it shards any.
+
+    Until then the modules of the model have other parameters than those that are trained.
+    """
+    is_fsdp2 = False
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            is_fsdp2 = True
+    return is_fsdp2
 
 
 def gathered(parameters: Iterable[nn.Parameter], modify: bool = False) -> AbstractContextManager[object]:

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..core.logits import LazyLogits
@@ -26,7 +25,7 @@ from ..models.checkpoint_weights import read_weights
 from ..models.finite_weights import check_finite
 from ..models.model_types import unwrap_model
 from ..models.output_head import check_head_stays_gathered
-from ..models.sharding import is_sharded, local_shard
+from ..models.sharding import is_sharded, local_shard, reshard
 from ..models.sidecar import strip_sidecar
 from .pretrained import as_path, read_config
 from .self_teacher import SelfTeacher
@@ -146,10 +145,8 @@ class StudentCopyTeacher(SelfTeacher):
 
     def _reshard(self) -> None:
         """Free the weights that FSDP2 gathered for a forward, so that it does not use the shadow's for the student."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                self._resharded = True
-                module.reshard()
+        if reshard(self.model):
+            self._resharded = True
 
     def _tracked_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that training changes: trained parameters of the student, and its persistent buffers."""

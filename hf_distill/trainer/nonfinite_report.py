@@ -11,12 +11,11 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..cache.example_keys import batch_examples
 from ..core.targets import Targets
 from ..models.finite_weights import first_nonfinite
-from ..models.sharding import local_shard
+from ..models.sharding import local_shard, reshard
 
 _MAX_REPORTED = 20  # tokens and parameters that a report lists; further tokens are only counted
 
@@ -207,9 +206,7 @@ def nonfinite_weight(model: nn.Module) -> str | None:
     Returns:
         the name; None if there is none on this rank.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # FSDP2 leaves some weights gathered after a forward without a backward
-            module.reshard()
+    reshard(model)
     parameters = {name: local_shard(parameter) for name, parameter in model.named_parameters()}
     return first_nonfinite(parameters, dict(_saved_buffers(model)))
 

@@ -35,6 +35,7 @@ from ..models.model_call import input_names, without_foreign_inputs
 from ..models.model_types import model_type_of, unwrap_parallel
 from ..models.precision import MIXED_PRECISION_DTYPES
 from ..models.projectors import ProjectorConfig
+from ..models.sharding import reshard
 from ..models.sidecar import strip_sidecar
 from ..teachers import NullTeacher, RoutedTeacher, Teacher, TrainableTeacher
 from ..teachers.group import find_trained_teacher, teachers_by_name
@@ -447,6 +448,7 @@ class DistillMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, and give the parts of the sidecar separate parameter groups where they have options."""
         is_users_optimizer = self.optimizer is not None
+        reshard(self.model)  # transformers before 5.24 gives the optimizer the gathered parameters after an evaluation
         optimizer = super().create_optimizer(model)
         self.sidecar_manager.add_param_groups(self.model, optimizer, is_users_optimizer)
         return optimizer
