@@ -15,6 +15,7 @@ from hf_distill.analysis.evaluation import retention_of
 from hf_distill.analysis.run_models import RunModels, prompt_length
 from hf_distill.cache import open_cache
 from hf_distill.cache.fingerprints import tokenizer_fingerprint
+from hf_distill.data import load_examples
 from hf_distill.recipe import load_recipe, run_recipe
 from hf_distill.runner.cache_writer import verify_against_teacher, write_recipe_cache
 from hf_distill.runner.model_loading import resolve_model
@@ -25,7 +26,10 @@ ON_POLICY = {"fraction": 0.5, "max_completion_length": 8}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    rows = load_examples("package:builtins").select(range(48))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +41,7 @@ def recipe_of(name: str, **changes):
     values = {
         "student": {"model": "smoke:llama/student"},
         "teacher": {"model": TEACHER},
-        "data": {"task": {"path": "package:builtins"}, "eval": {"holdout": 0.1, "max_rows": 4}, "max_length": 96},
+        "data": {"task": {"path": "texts.jsonl"}, "eval": {"holdout": 0.1, "max_rows": 4}, "max_length": 96},
         "distill": {"cross_tokenizer": "alm", "alpha": 0.9},
         "train": {"output_dir": f"runs/{name}", "max_steps": 3, "logging_steps": 1, "use_cpu": True}
         | {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"},
