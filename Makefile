@@ -141,7 +141,7 @@ bench: $(VENV)-bench/installed
 	test -d runs/quickstart || $(VENV)-bench/bin/hf-distill run quickstart
 	cd benchmarks && $(abspath $(VENV)-bench)/bin/python inspect_teacher.py ../runs/quickstart
 
-# Measures the cells that benchmarks/results/evidence lacks (about six hours for all). Needs npm and apt for the texts.
+# Measures the cells that benchmarks/results/evidence lacks (about seven hours for all). Needs npm and apt for the texts.
 evidence: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/evidence/run.py
 	test -f benchmarks/results/cache_estimators.json || $(BIN)/python benchmarks/cache_estimators.py
