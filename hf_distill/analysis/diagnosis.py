@@ -95,7 +95,10 @@ def _skipped_checks(inputs: DiagnosisInputs, failures: set[str], shift: bool) ->
         yield f"{names}: the training log has fewer than {MIN_LOG_LINES} lines; lower train.logging_steps"
     elif not (failures & {*TRAINING_VERDICTS} or inputs.trend.at_end.falls or inputs.trend.at_end.flat):
         names = ", ".join(TRAINING_VERDICTS)
-        yield f"{names}: the loss is too noisy to decide whether it was still falling; raise train.logging_steps"
+        yield (
+            f"{names}: the loss is too noisy to decide whether it was still falling; a run with more steps, or with "
+            "twice the train.logging_steps, can tell"
+        )
     if not shift:
         yield "a wrong shift: this type of model predicts each label at its own position"
     elif len(inputs.agreement.kl_at) < 2:

@@ -143,7 +143,8 @@ def teacher_weaker_than_labels(inputs: DiagnosisInputs) -> Verdict | None:
         f"{agreement.student_nll:.2f}; for {agreement.teacher_worse:.0%} of the tokens the teacher gives the label a "
         "lower probability than the student.",
         "Train the teacher on this data first, use another teacher, or lower distill.alpha: on this data the labels "
-        "are the better signal.",
+        "are the better signal. If the student only has to be close to its teacher, compare its KL with that of the "
+        "control instead.",
     )
 
 

@@ -87,7 +87,10 @@ def format_of(
     """
     if column is not None:
         if column not in columns:
-            raise DistillError(f"{where} has no column {column!r}; it has {list(columns)}. Set `column`.")
+            raise DistillError(
+                f"{where} has no column {column!r}; it has {list(columns)}. Set `column` to one of them, or "
+                "remove it, and the names of the columns decide which format the rows have."
+            )
         return TEXT
     for kind, needed in _FORMAT_COLUMNS.items():
         if needed <= set(columns):

