@@ -57,8 +57,7 @@ def problem_lines(errors: Sequence[ErrorDetails], values: JSONObject) -> list[st
 
 def _without_types(location: Location, values: JSONObject) -> Location:
     """Return a location without the names of types that pydantic inserts."""
-    are_types = _are_type_names(location, values)
-    return tuple(part for part, is_type in zip(location, are_types, strict=True) if not is_type)
+    return tuple(part for part, is_type in zip(location, _are_type_names(location, values), strict=True) if not is_type)
 
 
 def _union_of(location: Location, values: JSONObject) -> Location | None:

@@ -69,8 +69,10 @@ def train_arguments(recipe: Recipe) -> dict[str, Any]:
         train = stopping_arguments(train)
     if default_device().type != "cpu":
         return train
-    if torch.accelerator.is_available():
-        logger.warning("The GPU of this machine has no float64, in which metrics are summed, so this runs on the CPU.")
+    if torch.accelerator.is_available() and "use_cpu" not in train:
+        logger.warning_once(
+            "The GPU of this machine has no float64, in which metrics are summed, so this runs on the CPU."
+        )
     train.setdefault("use_cpu", True)  # otherwise the process group is not initialized, or an Apple GPU is used
     if train.get("fsdp"):
         logger.warning(
